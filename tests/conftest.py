@@ -1,0 +1,92 @@
+"""What the tests share: the command lines as a user starts them, and small data sets in the formats users have."""
+
+import io
+import pickle
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision import datasets
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command("train.py", "--epochs", 0) runs the script as __main__; returns (exit status, stdout, stderr)."""
+
+    def run(script, *flags):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def write_images(folder, count, seed=0, size=(40, 34)):
+    """`count` PNG files of random pixels."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
+
+
+@pytest.fixture
+def class_folder(tmp_path):
+    """A closed set of two classes, 12 training and 5 test images each."""
+    for i, name in enumerate(("cat", "dog")):
+        write_images(tmp_path / "pets/train" / name, 12, seed=i)
+        write_images(tmp_path / "pets/test" / name, 5, seed=10 + i)
+    return tmp_path / "pets"
+
+
+def md5_of(path):
+    import hashlib
+
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def cifar100_files(tmp_path, monkeypatch):
+    """(data root, train images, train labels) of a CIFAR-100 of 40 training and 20 test images, in its own format."""
+    folder = tmp_path / "data/cifar-100-python"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 20)):
+        images = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+        labels = (np.arange(count) % 100).tolist()
+        (folder / split).write_bytes(pickle.dumps({"data": images, "fine_labels": labels}))
+        if split == "train":
+            expected = images.reshape(-1, 3, 32, 32), labels
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]}))
+    monkeypatch.setattr(datasets.CIFAR100, "train_list", [["train", md5_of(folder / "train")]])
+    monkeypatch.setattr(datasets.CIFAR100, "test_list", [["test", md5_of(folder / "test")]])
+    monkeypatch.setattr(datasets.CIFAR100, "meta", {**datasets.CIFAR100.meta, "md5": md5_of(folder / "meta")})
+    return tmp_path / "data", *expected
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every download fails at once, as on a machine without a network."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+class Payload:
+    """Pickled, it creates a file when it is loaded by a pickle that executes code."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return io.open, (self.path, "w")

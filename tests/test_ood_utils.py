@@ -1,0 +1,221 @@
+"""Scores and metrics against brute force, closed formulas and answers known by hand; files against faults."""
+
+import io
+import os
+import pickle
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from conftest import Payload
+
+import ood_utils
+from ood_utils import SCORES, aurc, get_ood_scores, get_performance, load_file, show_performance, write_file
+
+
+def brute_force(pos, neg):
+    """AUROC, average precision and FPR95 by counting, in exact rational arithmetic."""
+    pairs = sum(Fraction(1) if p > n else Fraction(1, 2) if p == n else Fraction(0) for p in pos for n in neg)
+    auroc = pairs / (len(pos) * len(neg))
+    aupr, recall_before, fpr95 = Fraction(0), Fraction(0), None
+    for threshold in sorted({*pos, *neg}, reverse=True):
+        true = sum(p >= threshold for p in pos)
+        false = sum(n >= threshold for n in neg)
+        recall = Fraction(int(true), len(pos))
+        aupr += (recall - recall_before) * Fraction(int(true), int(true + false))
+        recall_before = recall
+        if fpr95 is None and recall >= Fraction(95, 100):
+            fpr95 = Fraction(int(false), len(neg))
+    return [float(x) for x in (auroc, aupr, fpr95)]
+
+
+def cases():
+    rng = np.random.default_rng(0)
+    yield "distinct", rng.normal(1, 1, 60), rng.normal(0, 1, 40)
+    yield "ties", rng.integers(0, 6, 80).astype(float), rng.integers(0, 5, 30).astype(float)
+    yield "all tied", np.ones(7), np.ones(3)
+    yield "one each", np.array([0.2]), np.array([0.7])
+    yield "saturated MSP", np.array([1.0] * 50 + [0.5] * 3), np.array([1.0] * 9 + [0.9])
+    yield "twenty positives, recall exactly 0.95", np.arange(20.0), np.array([0.5, 1.0, 1.5, 18.0])
+    yield "forty, 0.95 between two", np.arange(41.0), np.arange(-1, 40, 3) + 0.5
+    yield "far apart in size", np.array([1e-300, 1e300, 1.0]), np.array([1e-12, 2.0])
+
+
+@pytest.mark.parametrize("name,pos,neg", list(cases()), ids=lambda value: value if isinstance(value, str) else "")
+def test_performance_equals_brute_force_in_both_conventions(name, pos, neg):
+    np.testing.assert_allclose(get_performance(pos, neg), brute_force(pos, neg), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(get_performance(-neg, -pos), brute_force(-neg, -pos), rtol=0, atol=1e-12)
+
+
+def test_performance_known_by_hand():
+    assert get_performance([3, 4], [1, 2]) == (1, 1, 0)
+    assert get_performance([1, 2], [3, 4])[0] == 0 and get_performance([1, 2], [3, 4])[2] == 1
+    # Precision at the two positives: 1/1 and 2/3; the second is reached past one of the two negatives.
+    np.testing.assert_allclose(get_performance([4, 2], [3, 1]), (0.75, (1 + 2 / 3) / 2, 0.5))
+    assert get_performance(torch.tensor([[3.0], [4.0]]), np.array([[1.0, 2.0]]))[0] == 1  # (N, 1) and (1, N) are (N,)
+
+
+@pytest.mark.parametrize(
+    "pos,neg,message",
+    [
+        ([], [1.0], "no positive scores"),
+        ([1.0], [], "no negative scores"),
+        ([1.0, float("nan")], [1.0], "1 of 2 positive scores are not finite"),
+        ([1.0], [float("inf"), float("-inf")], "2 of 2 negative scores are not finite"),
+        (np.ones((3, 2)), [1.0], r"shape \(3, 2\)"),
+    ],
+)
+def test_performance_refuses(pos, neg, message):
+    with pytest.raises(ValueError, match=message):
+        get_performance(pos, neg)
+
+
+def test_show_performance_prints_percent_with_four_decimals(capsys):
+    show_performance([4, 2, 5], [3, 1])
+    assert capsys.readouterr().out == "AUROC: 83.3333, AUPR: 91.6667, FPR95: 50.0000\n"
+
+
+def test_a_million_scores_take_linear_time():
+    rng = np.random.default_rng(0)
+    start = os.times().user
+    get_performance(rng.normal(1, 1, 500_000), rng.normal(0, 1, 500_000))
+    assert os.times().user - start < 5
+
+
+def test_scores_equal_their_formulas():
+    logits = torch.randn(50, 120, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
+    z = logits.numpy()
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    top = -np.sort(-p, axis=1)[:, :100]
+    expected = {
+        "msp": p.max(1),
+        "max_logit": z.max(1),
+        "energy": np.log(np.exp(z).sum(1)),
+        "entropy": (p * np.log(p)).sum(1),
+        "gen": -(top**0.1 * (1 - top) ** 0.1).sum(1),
+    }
+    assert list(SCORES) == list(expected)
+    for name, score in SCORES.items():
+        np.testing.assert_allclose(score(logits).numpy(), expected[name], rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_point_one_way_and_stay_finite(name):
+    """Confident above undecided, also where a softmax reaches exactly 1 and 0."""
+    for scale in (5, 800):
+        sure = torch.zeros(1, 100, dtype=torch.float64)
+        sure[0, 7] = scale
+        scores = [SCORES[name](logits).item() for logits in (sure, torch.zeros_like(sure))]
+        assert np.isfinite(scores).all() and scores[0] > scores[1]
+
+
+def test_aurc_equals_brute_force():
+    rng = np.random.default_rng(0)
+    scores, correct = rng.permutation(40).astype(float), rng.random(40) < 0.7
+    order = sorted(range(40), key=lambda i: -scores[i])
+    risks = [sum(not correct[i] for i in order[:k]) / k for k in range(1, 41)]
+    assert aurc(scores, correct) == pytest.approx(sum(risks) / 40, abs=1e-12)
+
+
+def test_aurc_of_ties_is_the_mean_over_their_orders():
+    from itertools import permutations
+
+    scores, correct = [3, 2, 2, 2, 1], [True, False, True, True, False]
+    means = []
+    for middle in permutations((1, 2, 3)):
+        order = (0, *middle, 4)
+        means.append(np.mean([sum(not correct[i] for i in order[:k]) / k for k in range(1, 6)]))
+    assert aurc(scores, correct) == pytest.approx(np.mean(means), abs=1e-12)
+    assert aurc([1, 2], [True, True]) == 0 and aurc([1, 2], [False, False]) == 1
+
+
+class FixedLogits(torch.nn.Module):
+    """Returns its input as logits and counts how often it ran in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.trained = 0
+
+    def forward(self, images):
+        self.trained += self.training
+        return images * self.weight
+
+
+def test_get_ood_scores_takes_any_iterable_and_scores_every_image():
+    logits = torch.tensor([[0.0, 3.0], [5.0, 0.0], [1.0, 0.0]])
+    labels = torch.tensor([1, 0, 1])
+    expected = torch.softmax(logits.double(), 1).amax(1).numpy()
+    model = FixedLogits().train()
+    dataset = torch.utils.data.TensorDataset(logits, labels)
+    for loader in ([(logits[:2], labels[:2]), (logits[2:], labels[2:])], torch.utils.data.DataLoader(dataset, 2)):
+        np.testing.assert_array_equal(get_ood_scores(model, loader), expected)
+    scores, right, wrong = get_ood_scores(model, loader, closed_set=True)
+    assert scores.dtype == np.float64 and scores.tolist() == expected.tolist()
+    assert right.tolist() == expected[:2].tolist() and wrong.tolist() == expected[2:].tolist()
+    assert model.training and model.trained == 0
+
+
+def test_softmax_is_taken_in_float64():
+    """Margins of 21 and 30 are both exactly 1 in a float32 softmax."""
+    logits = torch.zeros(2, 100)
+    logits[:, 0] = torch.tensor([21.0, 30.0])
+    assert logits.softmax(1).amax(1).unique().numel() == 1
+    low, high = get_ood_scores(FixedLogits(), [(logits, torch.zeros(2))])
+    assert low < high < 1
+
+
+def test_an_empty_loader_is_refused():
+    with pytest.raises(ValueError, match="no batch"):
+        get_ood_scores(FixedLogits(), [])
+
+
+# Files
+
+
+@pytest.mark.parametrize("fault", ["write", "fsync", "replace"])
+def test_a_failing_write_keeps_the_old_file(tmp_path, monkeypatch, fault):
+    path = tmp_path / "model.pth"
+    write_file(path, b"old")
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    if fault == "write":
+        monkeypatch.setattr(ood_utils, "open", FullDisk, raising=False)
+    else:
+        monkeypatch.setattr(ood_utils.os, fault, fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_file(path, b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["model.pth"]
+
+
+class FullDisk(io.FileIO):
+    """A file that takes one byte and then fails, as on a full disk."""
+
+    def write(self, content):
+        super().write(content[:1])
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_loading_executes_nothing(tmp_path):
+    for name, save in (("plain", lambda data, path: path.write_bytes(pickle.dumps(data))), ("torch", torch.save)):
+        path = tmp_path / f"{name}.pth"
+        save({"fc.weight": Payload(tmp_path / "executed")}, path)
+        with pytest.raises(ood_utils.InputError, match="was not loaded"):
+            load_file(path)
+        assert not (tmp_path / "executed").exists()
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = tmp_path / "model.pth"
+    with pytest.raises(FileNotFoundError, match="Run `python train.py` first"):
+        load_file(path)
+    torch.save({"weight": torch.randn(1000)}, path)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"\0" * 100, b"not a checkpoint", whole[:-40]):
+        path.write_bytes(damaged)
+        with pytest.raises(ood_utils.InputError, match="model.pth is damaged"):
+            load_file(path)
