@@ -1,0 +1,217 @@
+"""Image sets through torchvision's real reading code, noise against a per-image reference, and the loader."""
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import md5_of, write_images
+from PIL import Image
+from scipy.io import savemat
+from scipy.ndimage import gaussian_filter
+from torchvision import datasets, transforms
+
+from ood_data import MEAN, STD, ImageLoader, build_ood_loader, check_ood_type, normalise, photos, read_closed_set
+from ood_utils import InputError
+
+
+def all_images(loader):
+    return torch.cat([images for images, _ in loader])
+
+
+# Noise
+
+
+def test_gaussian_and_rademacher_are_what_they_say():
+    noise = all_images(build_ood_loader("gaussian", 400))
+    assert noise.dtype == torch.float32 and noise.shape == (400, 3, 32, 32)
+    assert noise.min() == -1 and noise.max() == 1
+    inside = noise[noise.abs() < 1]
+    # P(|x| < 2 sigma) and the standard deviation of a normal truncated there: 0.95450, 0.87963 sigma
+    assert inside.numel() / noise.numel() == pytest.approx(0.95450, abs=0.001)
+    assert inside.std() == pytest.approx(0.5 * 0.87963, abs=0.002) and abs(noise.mean()) < 0.002
+    signs = all_images(build_ood_loader("rademacher", 400))
+    assert signs.unique().tolist() == [-1, 1] and abs(signs.mean()) < 0.005
+
+
+def test_blob_equals_the_per_image_protocol():
+    blobs = all_images(build_ood_loader("blob", 20, seed=3)).numpy()
+    rng = np.random.default_rng((3, *b"blob"))
+    values = rng.binomial(1, 0.7, (20, 32, 32, 3)).astype(np.float32)
+    for image, blob in zip(values, blobs, strict=True):
+        blurred = gaussian_filter(image, sigma=1.5, mode="nearest", truncate=4.0)  # all three axes
+        blurred[blurred < 0.75] = 0
+        np.testing.assert_allclose(blob, blurred.transpose(2, 0, 1) * 2 - 1, atol=1e-6)
+    assert (all_images(build_ood_loader("blob", 500)) == -1).float().mean() == pytest.approx(0.787, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "name,digest",
+    [("gaussian", "d323776486548027"), ("rademacher", "63ae944aeeb64c6a"), ("blob", "d08ea7ef6e15be1b")],
+)
+def test_noise_is_pinned(name, digest):
+    """To four decimals: the last bits of a blur or of a normal may differ between processors."""
+    images = all_images(build_ood_loader(name, 50, seed=0, batch_size=7))
+    rounded = (images.numpy().astype(np.float64) * 1e4).round().astype(np.int64)
+    assert hashlib.sha256(np.ascontiguousarray(rounded).tobytes()).hexdigest()[:16] == digest
+    assert torch.equal(images, all_images(build_ood_loader(name, 80, seed=0))[:50])
+    assert not torch.equal(images, all_images(build_ood_loader(name, 50, seed=1)))
+
+
+# Image sets
+
+
+def reference_transform(images):
+    """torchvision's ToTensor and Normalize, image by image."""
+    steps = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    return torch.stack([steps(Image.fromarray(image.transpose(1, 2, 0))) for image in images])
+
+
+def test_normalise_has_the_bits_of_torchvision():
+    images = np.random.default_rng(0).integers(0, 256, (16, 3, 32, 32), dtype=np.uint8)
+    assert torch.equal(normalise(torch.from_numpy(images)), reference_transform(images))
+
+
+def test_cifar100_is_read_as_torchvision_reads_it(cifar100_files):
+    root, images, labels = cifar100_files
+    read, read_labels, classes = read_closed_set("cifar100", root, train=True)
+    assert read.dtype == torch.uint8 and np.array_equal(read.numpy(), images)
+    assert list(read_labels) == labels and classes[3] == "class 3"
+    assert len(all_images(build_ood_loader("cifar100", 15, data_root=root))) == 15
+
+
+def test_cifar10_is_read_as_torchvision_reads_it(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (6, 3072), dtype=np.uint8)
+    for name in ("data_batch_1", "test_batch"):
+        (folder / name).write_bytes(pickle.dumps({"data": images, "labels": [0, 1, 2, 3, 4, 5]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [["data_batch_1", md5_of(folder / "data_batch_1")]])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", md5_of(folder / "test_batch")]])
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {**datasets.CIFAR10.meta, "md5": md5_of(folder / "batches.meta")})
+    read, labels, classes = read_closed_set("cifar10", tmp_path, train=False)
+    assert np.array_equal(read.numpy(), images.reshape(-1, 3, 32, 32)) and list(labels) == list(range(6))
+    loader = build_ood_loader("cifar10", 4, data_root=tmp_path)
+    assert torch.equal(all_images(loader), reference_transform(images.reshape(-1, 3, 32, 32)[:4]))
+
+
+def test_svhn_is_the_first_test_images_in_order(tmp_path, monkeypatch):
+    (tmp_path / "svhn").mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (9, 3, 32, 32), dtype=np.uint8)
+    labels = np.arange(1, 10, dtype=np.uint8)[:, None]
+    path = tmp_path / "svhn/test_32x32.mat"
+    savemat(path, {"X": images.transpose(2, 3, 1, 0), "y": labels})
+    url, name, _ = datasets.SVHN.split_list["test"]
+    monkeypatch.setattr(datasets.SVHN, "split_list", {"test": [url, name, md5_of(path)]})
+    loader = build_ood_loader("svhn", 7, batch_size=3, data_root=tmp_path)
+    assert torch.equal(all_images(loader), reference_transform(images[:7]))
+    assert [labels.tolist() for _, labels in loader] == [[-1] * 3, [-1] * 3, [-1]]
+
+
+def test_digits_are_split_once_and_for_all():
+    train, train_labels, classes = read_closed_set("digits", train=True)
+    test, test_labels, _ = read_closed_set("digits", train=False)
+    assert (len(train), len(test), len(classes)) == (1437, 360, 10)
+    assert train.shape[1:] == (3, 32, 32) and train.dtype == torch.uint8 and train.max() == 255
+    counts = np.bincount(test_labels)
+    assert counts.min() >= 34 and counts.max() <= 37
+    assert torch.equal(test, read_closed_set("digits", train=False)[0])
+
+
+def test_photos_are_distinct_colour_crops():
+    crops = photos(2000)
+    assert crops.shape == (2000, 3, 32, 32) and crops.dtype == torch.uint8
+    assert len(crops.unique(dim=0)) == 2000
+    assert torch.equal(photos(10), crops[:10])
+    assert (crops[:, 0] != crops[:, 1]).float().mean() > 0.5
+
+
+def test_images_of_any_size_are_cut_from_the_centre(tmp_path):
+    wide = np.zeros((32, 100, 3), dtype=np.uint8)
+    wide[:, 34:66] = (200, 100, 50)  # the centre 32 columns
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    Image.fromarray(np.full((64, 64), 80, dtype=np.uint8)).save(tmp_path / "b.PNG")  # grey
+    (tmp_path / "notes.txt").write_text("not an image")
+    found = all_images(build_ood_loader(str(tmp_path), 10))
+    expected = torch.tensor([[200, 100, 50], [80, 80, 80]], dtype=torch.uint8)[:, :, None, None].expand(2, 3, 32, 32)
+    assert {tuple(image.flatten().tolist()) for image in found} == {
+        tuple(image.flatten().tolist()) for image in normalise(expected)
+    }
+
+
+def test_the_first_images_of_a_folder_are_not_all_of_one_class(tmp_path):
+    for i in range(4):
+        write_images(tmp_path / f"class{i}", 10, seed=i, size=(32, 32))
+    first = all_images(build_ood_loader(str(tmp_path), 10))
+    assert torch.equal(first, all_images(build_ood_loader(str(tmp_path), 40))[:10])
+    by_class = [reference_transform(np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1) for path in paths]))
+                for paths in (sorted((tmp_path / f"class{i}").iterdir()) for i in range(4))]  # fmt: skip
+    found = [sum((image == other).all().item() for image in first for other in images) for images in by_class]
+    assert sum(found) == 10 and sum(count > 0 for count in found) >= 3
+
+
+def test_a_class_folder_is_a_closed_set(class_folder):
+    images, labels, classes = read_closed_set(str(class_folder), train=True)
+    assert images.shape == (24, 3, 32, 32) and list(labels) == [0] * 12 + [1] * 12 and classes == ["cat", "dog"]
+    assert len(read_closed_set(str(class_folder), train=False)[0]) == 10
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (("fog", 10), "Unknown OOD type 'fog': use gaussian, .*photos or the path"),
+    (("blob", 0), "at least 1"),
+    (("blob", 10, 0), "at least 1"),
+])  # fmt: skip
+def test_build_ood_loader_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_ood_loader(*arguments)
+
+
+def test_a_set_that_cannot_be_had_says_where_to_put_it(tmp_path, no_network):
+    with pytest.raises(
+        FileNotFoundError, match=r"svhn is not at .*could not be downloaded.*test_32x32.mat .* put it into"
+    ):
+        build_ood_loader("svhn", 10, data_root=tmp_path)
+
+
+def test_the_closed_set_is_no_ood_set(class_folder):
+    check_ood_type("cifar10", "cifar100")
+    for name, dataset in (
+        ("cifar100", "cifar100"),
+        (class_folder, class_folder),
+        (class_folder / "test", class_folder),
+    ):
+        with pytest.raises(InputError, match="closed set itself"):
+            check_ood_type(str(name), str(dataset))
+
+
+# Loader
+
+
+def test_the_loader_keeps_the_last_batch_and_the_order():
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 32, 32)
+    loader = ImageLoader(images, range(10), 4)
+    assert len(loader) == 3 and [len(labels) for _, labels in loader] == [4, 4, 2]
+    assert torch.cat([labels for _, labels in loader]).tolist() == list(range(10))
+
+
+def test_epochs_are_functions_of_seed_and_epoch():
+    images = torch.arange(50, dtype=torch.uint8)[:, None, None, None].expand(50, 3, 32, 32)
+
+    def epoch(loader, number):
+        loader.epoch = number
+        seen = [(images[:, 0, 0, 0].int(), labels, draws) for (images, draws), labels in loader]
+        return [torch.cat(parts) for parts in zip(*seen, strict=True)]
+
+    def loader(seed):
+        return ImageLoader(images, range(50), 16, lambda images, draws: (images, draws), train_seed=seed)
+
+    first = epoch(loader(5), 3)
+    assert torch.equal(first[0].long(), first[1]) and sorted(first[1].tolist()) == list(range(50))
+    assert first[2].shape == (50, 3) and first[2].min() >= 0 and first[2].max() < 1
+    used = loader(5)
+    epoch(used, 0)
+    assert all(torch.equal(a, b) for a, b in zip(first, epoch(used, 3), strict=True))
+    assert not torch.equal(first[1], epoch(loader(5), 4)[1]) and not torch.equal(first[1], epoch(loader(6), 3)[1])
+    assert used.epoch == 4
