@@ -1,0 +1,294 @@
+"""Evaluate a checkpoint of train.py: closed-set error, and how well a score tells OOD sets from the closed set.
+
+    python test.py                                                  # cifar100_resnet18.pth against OOD_TYPES
+    python test.py --ood-types gaussian photos ~/pictures           # other sets, or a folder of images
+    python test.py --checkpoint seed0.pth seed1.pth seed2.pth       # mean and sample standard deviation
+
+Prints, in percent, the error rate, the score's performance on correctly classified images (positive) against
+misclassified ones, then on the closed set (positive) against each OOD set; then the same figures in both conventions,
+and all scores side by side. Writes beside the checkpoint, for cifar100_resnet18.pth,
+    cifar100_resnet18.ood.json    every figure of every set and score, and what they depend on
+    cifar100_resnet18.ood.npz     the scores themselves, labels and predictions: any other metric needs no GPU
+    cifar100_resnet18.ood.png     histograms and ROC curves
+Exit status 1 if an OOD set had to be skipped.
+"""
+
+import hashlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ood_data import DATA_ROOT, DATASET, EVAL_BATCH_SIZE, SEED, build_ood_loader, check_ood_type
+from ood_utils import (
+    SCORES,
+    InputError,
+    aurc,
+    describe,
+    get_logits,
+    get_performance,
+    pick_device,
+    run_command,
+    show_performance,
+    write_file,
+)
+from train import checkpoint_path, get_loader, load_network
+
+OOD_TYPES = ("gaussian", "rademacher", "blob", "svhn")  # any of ood_data.py's, or paths of folders
+SCORE = "msp"  # any of ood_utils.py's: what the report and the picture show
+OOD_SHARE = 5  # one OOD image for so many test images: the chance level of AUPR depends on it
+SPLIT = "right / wrong"  # the row of correctly classified images against misclassified ones
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def measure(pos, neg):
+    """Metrics in percent of positive against negative scores, in both conventions; None when a group is empty."""
+    if not len(pos) or not len(neg):
+        return None
+    auroc, aupr, fpr95 = get_performance(pos, neg)
+    _, aupr_out, fpr95_out = get_performance(-neg, -pos)  # the negative class (OOD, wrong) as the positive one
+    figures = dict(auroc=auroc, aupr=aupr, fpr95=fpr95, chance_aupr=len(pos) / (len(pos) + len(neg)))
+    figures |= dict(aupr_out=aupr_out, fpr95_out=fpr95_out, chance_aupr_out=len(neg) / (len(pos) + len(neg)))
+    return {name: 100 * value for name, value in figures.items()}
+
+
+def evaluate_network(model, test_loader, ood_loaders):
+    """One forward pass over every set: raw scores, and every metric of every score.
+
+    Returns (run, arrays). run["sets"][set][score] is measure()'s dict, for SPLIT and each OOD set. arrays holds labels
+    and predictions int64 (N,), and for "closed set" and each OOD set the scores float64 (N, len(SCORES)).
+    """
+    logits, labels = get_logits(model, test_loader)
+    correct = (logits.argmax(1) == labels).numpy()
+    arrays = {"labels": labels.numpy(), "predictions": logits.argmax(1).numpy(), "score_names": np.array(list(SCORES))}
+    all_logits = {"closed set": logits} | {name: get_logits(model, loader)[0] for name, loader in ood_loaders.items()}
+    for name, logits in all_logits.items():
+        arrays[name] = np.stack([score(logits.double()).numpy() for score in SCORES.values()], axis=1)
+    groups = {SPLIT: (arrays["closed set"][correct], arrays["closed set"][~correct])}
+    groups |= {name: (arrays["closed set"], arrays[name]) for name in ood_loaders}
+    run = {
+        "error_rate": 100 * (1 - correct.mean()),
+        "aurc": {score: 100 * aurc(arrays["closed set"][:, i], correct) for i, score in enumerate(SCORES)},
+        "counts": {name: [len(pos), len(neg)] for name, (pos, neg) in groups.items()},
+        "sets": {
+            name: {score: measure(pos[:, i], neg[:, i]) for i, score in enumerate(SCORES)}
+            for name, (pos, neg) in groups.items()
+        },
+    }
+    return run, arrays
+
+
+def summarise(values):
+    """Mean and sample standard deviation (ddof 1; None for one run) over runs."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std}
+
+
+def summarise_runs(runs):
+    """summarise() of every figure: the shape of a run, without its counts; None where a run has no such figure."""
+
+    def walk(nodes):
+        if any(node is None for node in nodes):
+            return None
+        if isinstance(nodes[0], dict):
+            return {key: walk([node[key] for node in nodes]) for key in nodes[0]}
+        return summarise(nodes)
+
+    return walk([{key: run[key] for key in ("error_rate", "aurc", "sets")} for run in runs])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def print_report(run, arrays, score, skipped, ood_types):
+    """The report of the published experiment: in-distribution, or correctly classified, is the positive class."""
+    column = list(SCORES).index(score)
+    closed = arrays["closed set"][:, column]
+    correct = arrays["labels"] == arrays["predictions"]
+    print(f"Error Rate {run['error_rate']:.4f}")
+    if correct.all() or not correct.any():
+        reason = "no misclassified test image" if correct.all() else "no correctly classified test image"
+        print(f"AUROC: n/a, AUPR: n/a, FPR95: n/a ({reason})")
+    else:
+        show_performance(closed[correct], closed[~correct])
+    for name in ood_types:
+        print(f"ood type: {name}")
+        if name in skipped:
+            print(f"skipped: {skipped[name]}")
+        else:
+            show_performance(closed, arrays[name][:, column])
+
+
+def cell(figure, with_std=True):
+    """A figure of the summary as text: mean, with the standard deviation where there are several runs."""
+    if figure is None:
+        return "n/a"
+    return f"{figure['mean']:.2f}" + (f" +- {figure['std']:.2f}" if with_std and figure["std"] is not None else "")
+
+
+def print_table(rows):
+    """Rows of cells in aligned columns, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])] + [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+def print_tables(runs, summary, score):
+    spread = f" of {len(runs)} runs, mean +- sample standard deviation (ddof 1)" if len(runs) > 1 else ""
+    print(f"\n{score}{spread}, in percent; a higher score means more in-distribution")
+    print("in: in-distribution (or right) is the positive class; out: OOD (or wrong) is; AUROC is the same for both")
+    names = ("auroc", "aupr", "fpr95", "chance_aupr", "aupr_out", "fpr95_out", "chance_aupr_out")
+    header = ["set", "AUROC", "AUPR-in", "FPR95-in", "chance AUPR-in", "AUPR-out", "FPR95-out", "chance AUPR-out"]
+    rows = [[*header, "in", "out"]]
+    for name, scores in summary["sets"].items():
+        figures = scores[score] or dict.fromkeys(names)
+        cells = [cell(figures[metric], with_std="chance" not in metric) for metric in names]
+        counts = [f"{np.mean([run['counts'][name][i] for run in runs]):.0f}" for i in (0, 1)]
+        rows.append([name, *cells, *counts])
+    print_table(rows)
+    print(f"AURC of selective classification on the closed set: {cell(summary['aurc'][score])}")
+
+    sets = [name for name in summary["sets"] if name != SPLIT]
+    for metric, title in (("auroc", "AUROC"), ("fpr95", "FPR95-in")):
+        rows = [[title, *SCORES]]
+        rows += [[name, *(cell(summary["sets"][name][score][metric]) for score in SCORES)] for name in sets]
+        means = [[np.mean([run["sets"][name][score][metric] for name in sets]) for run in runs] for score in SCORES]
+        if sets:
+            print()
+            print_table([*rows, ["mean over sets", *(cell(summarise(values)) for values in means)]])
+
+
+def draw(arrays, score, title):
+    """PNG bytes: ROC curves, and score histograms of the closed set and each OOD set with the threshold of 95% TPR."""
+    import matplotlib
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    column = list(SCORES).index(score)
+    sets = {name: array[:, column] for name, array in arrays.items() if array.ndim == 2}
+    closed = sets.pop("closed set")
+    threshold = np.sort(closed)[::-1][int(np.ceil(0.95 * len(closed))) - 1]
+    bins = np.linspace(*np.quantile(np.concatenate([closed, *sets.values()]), [0, 1]), 41)
+    colours = [colour for i, colour in enumerate(matplotlib.color_sequences["petroff10"]) if i != 3]  # 3 is grey
+    rows = -(-len(sets) // 2)
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(9, max(3.6, 1.7 * rows)), dpi=150, layout="constrained")
+        figure.suptitle(f"{title}\ngrey: closed set, 95% of it lies right of the dashed line", fontsize=10)
+        grid = figure.add_gridspec(max(rows, 1), 3, width_ratios=(1.5, 1, 1))
+        roc = figure.add_subplot(grid[:, 0])
+        roc.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+        for i, (name, scores) in enumerate(sets.items()):
+            is_in = np.repeat([1, 0], [len(closed), len(scores)])
+            both = np.concatenate([closed, scores])
+            fpr, tpr, _ = roc_curve(is_in, both)
+            colour, style = colours[i % 9], ("-", "--", ":")[i // 9 % 3]
+            auroc = 100 * roc_auc_score(is_in, both)
+            roc.plot(fpr, tpr, style, color=colour, label=f"{short(name)}  {auroc:.1f}")
+            panel = figure.add_subplot(grid[i // 2, 1 + i % 2])
+            for values, fill in ((closed, "0.5"), (scores, colour)):
+                panel.hist(values, bins, weights=np.full(len(values), 100 / len(values)), color=fill, alpha=0.6)
+            panel.axvline(threshold, color="black", linewidth=1, linestyle="--")
+            panel.set_title(short(name), fontsize=9, color=colour)
+            panel.yaxis.set_major_formatter("{x:g}%")
+        roc.set(xlabel="OOD accepted (false positive rate)", ylabel="closed set accepted (true positive rate)")
+        roc.legend(title="AUROC", loc="lower right", frameon=False)
+        content = io.BytesIO()
+        figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def short(name):
+    """A folder's own name for its path."""
+    return Path(name).name or name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def build_ood_loaders(ood_types, count, batch_size, seed, data_root, device):
+    """Return {name: loader} of the sets that can be had, and {name: reason} of the others."""
+    loaders, skipped = {}, {}
+    for name in ood_types:
+        try:
+            loaders[name] = build_ood_loader(name, count, batch_size, seed, data_root, device)
+        except (InputError, OSError) as error:
+            skipped[name] = " ".join(str(error).split())
+    return loaders, skipped
+
+
+def evaluate(
+    checkpoint: tuple[str, ...] = (),
+    dataset: str = DATASET,
+    data_root: str = DATA_ROOT,
+    ood_types: tuple[str, ...] = OOD_TYPES,
+    score: str = SCORE,
+    batch_size: int = EVAL_BATCH_SIZE,
+    seed: int = SEED,
+    device: str | None = None,
+):
+    """Evaluate checkpoints, print the report, write it beside the (first) checkpoint; return what the JSON holds.
+
+    Raises InputError or OSError; an OOD set that cannot be had is listed in the result under "skipped".
+
+    Args:
+        checkpoint: One checkpoint of train.py, or one for each of several runs; <dataset>_resnet18.pth by default.
+        dataset: The closed set: cifar100, cifar10, digits, or a folder with train/<class>/ and test/<class>/.
+        data_root: Where torchvision's data sets lie, or are downloaded to.
+        ood_types: gaussian, rademacher, blob, svhn, cifar10, cifar100, textures, mnist, photos, or folders of images.
+        score: msp, max_logit, energy, entropy or gen: what the report and the picture show.
+        batch_size: Images per forward pass; no figure depends on it.
+        seed: Of the noises.
+        device: cuda, mps or cpu; by default the first of them that is there.
+    """
+    if score not in SCORES:
+        raise InputError(f"Unknown score {score!r}: use {', '.join(SCORES)}.")
+    if batch_size < 1 or seed < 0:
+        raise InputError(f"--batch-size ({batch_size}) must be at least 1, --seed ({seed}) at least 0.")
+    ood_types = tuple(dict.fromkeys(ood_types))
+    for name in ood_types:
+        check_ood_type(name, dataset)
+    checkpoint = (checkpoint,) if isinstance(checkpoint, str | Path) else checkpoint or (None,)
+    paths = [checkpoint_path(path, dataset) for path in checkpoint]
+    networks = [load_network(path) for path in paths]
+    device = pick_device(device, out=sys.stderr)
+    test_loader = get_loader(False, dataset, data_root, batch_size, device=device)
+    for path, (_, num_classes) in zip(paths, networks, strict=True):
+        if num_classes != len(test_loader.classes):
+            raise InputError(
+                f"{path} has {num_classes} classes, {dataset} {len(test_loader.classes)}: pass its --dataset."
+            )
+    count = max(1, len(test_loader.images) // OOD_SHARE)
+    ood_loaders, skipped = build_ood_loaders(ood_types, count, batch_size, seed, data_root, device)
+
+    runs, pictured = [], None
+    for path, (model, _) in zip(paths, networks, strict=True):
+        run, arrays = evaluate_network(model.to(device), test_loader, ood_loaders)
+        if len(paths) > 1:
+            print(f"checkpoint: {path}")
+        print_report(run, arrays, score, skipped, ood_types)
+        runs.append({"checkpoint": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **run})
+        content = io.BytesIO()
+        np.savez_compressed(content, **arrays)
+        write_file(path.with_suffix(".ood.npz"), content.getvalue())
+        pictured = pictured or draw(
+            arrays, score, f"{path.stem}, {score}: grey is the closed set, right of the line 95% of it"
+        )
+    summary = summarise_runs(runs)
+    print_tables(runs, summary, score)
+    config = dict(dataset=dataset, ood_types=ood_types, score=score, batch_size=batch_size, seed=seed)
+    results = dict(config=config, **describe(device), skipped=skipped, runs=runs, summary=summary)
+    write_file(paths[0].with_suffix(".ood.json"), json.dumps(results, indent=1).encode())
+    write_file(paths[0].with_suffix(".ood.png"), pictured)
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(1 if run_command(evaluate)["skipped"] else 0)
