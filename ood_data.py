@@ -70,15 +70,17 @@ class ImageLoader:
 
     images: uint8 or float32 (N, 3, H, W); labels: int64 (N,); transform: called on each batch of images (None: as they
     are). With `train_seed` the order is shuffled and transform gets float32 draws (B, 3) from [0, 1) as its second
-    argument; both are functions of (train_seed, epoch) alone. `epoch` counts up by itself and may be set.
+    argument; both are functions of (train_seed, epoch) alone. `epoch` counts up by itself and may be set. With `ranks`,
+    (rank, number of processes), the batches are this process's share of each.
     """
 
-    def __init__(self, images, labels, batch_size, transform=None, train_seed=None, device="cpu"):
+    def __init__(self, images, labels, batch_size, transform=None, train_seed=None, device="cpu", ranks=(0, 1)):
         self.images = images.to(device, memory_format=torch.channels_last)
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
         self.batch_size = batch_size
         self.transform = transform
         self.train_seed = train_seed
+        self.rank, self.ranks = ranks
         self.epoch = 0
 
     def __len__(self):
@@ -92,7 +94,7 @@ class ImageLoader:
             draws = torch.from_numpy(rng.random((count, 3), dtype=np.float32)).to(device)
             self.epoch += 1
         for start in range(0, count, self.batch_size):
-            batch = slice(start, start + self.batch_size)
+            batch = slice(start + self.rank, min(start + self.batch_size, count), self.ranks)
             if self.train_seed is not None:
                 yield self.transform(self.images[order[batch]], draws[batch]), self.labels[order[batch]]
             else:

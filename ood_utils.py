@@ -15,11 +15,14 @@ import pickle
 import platform
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 import tyro
+from tqdm import tqdm
 
 RECALL_LEVEL = 0.95  # FPR95: the true positive rate at which the false positive rate is read
 
@@ -75,11 +78,12 @@ def get_logits(model, dataloader):
     was_training = model.training
     model.eval()
     try:
-        batches = [(model(images.to(device)).cpu(), labels.cpu()) for images, labels in dataloader]
+        bar = tqdm(dataloader, "scoring", delay=1, leave=False, disable=None)
+        batches = [(model(images.to(device)).cpu(), labels.cpu()) for images, labels in bar]
     finally:
         model.train(was_training)
     if not batches:
-        raise ValueError("the data loader yields no batch")
+        raise InputError("the data loader yields no batch")
     logits, labels = zip(*batches, strict=True)
     return torch.cat(logits), torch.cat(labels)
 
@@ -104,14 +108,14 @@ def get_ood_scores(model, dataloader, closed_set=False, score=msp):
 
 
 def as_scores(scores, group):
-    """Return a score array, tensor or list as float64 (N,), or raise ValueError."""
+    """Return a score array, tensor or list as float64 (N,), or raise InputError, a ValueError."""
     scores = np.asarray(torch.as_tensor(scores).cpu(), dtype=np.float64)
     if scores.size == 0:
-        raise ValueError(f"no {group} scores: the metrics need at least one of each class")
+        raise InputError(f"no {group} scores: the metrics need at least one of each class")
     if scores.size != max(scores.shape, default=1):
-        raise ValueError(f"{group} scores have shape {scores.shape}: expected one score per image")
+        raise InputError(f"{group} scores have shape {scores.shape}: expected one score per image")
     if not np.isfinite(scores).all():
-        raise ValueError(f"{np.sum(~np.isfinite(scores))} of {scores.size} {group} scores are not finite")
+        raise InputError(f"{np.sum(~np.isfinite(scores))} of {scores.size} {group} scores are not finite")
     return scores.ravel()
 
 
@@ -152,11 +156,26 @@ def show_performance(pos, neg):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files, devices and the command line, for train.py and test.py
+# Files, device, processes and the command line, for train.py and test.py
+
+
+def checkpoint_path(checkpoint, dataset):
+    """The given path, or <dataset>_resnet18.pth in the working directory; InputError if it cannot be a checkpoint's."""
+    path = Path(checkpoint or f"{Path(dataset).expanduser().resolve().name}_resnet18.pth").expanduser()
+    if path.is_dir() or path.suffix == ".json":  # the run's figures go to <stem>.json
+        kind = "a folder" if path.is_dir() else "a .json file"
+        raise InputError(f"{path} is {kind}: pass a file such as resnet18.pth as --checkpoint.")
+    return path
 
 
 def write_file(path, content):
-    """Write bytes so that the path holds, at any moment, the old file or the new one as a whole."""
+    """Write bytes, or what torch.save takes: at any moment the path holds the old file or the new one, whole."""
+    if not isinstance(content, bytes):
+        buffer = (
+            io.BytesIO()
+        )  # on a full disk torch.save aborts with an internal error; a plain write says what is wrong
+        torch.save(content, buffer)
+        content = buffer.getvalue()
     temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:
@@ -179,19 +198,11 @@ def check_writable(path):
     """Raise an OSError now rather than after the first epoch; clear what a killed run left."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"Folder {path.parent} does not exist: create it, or pass another --checkpoint.")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: pass a file as --checkpoint, such as {path / 'resnet18.pth'}.")
     try:
         temporary_path(path).write_bytes(b"")
         temporary_path(path).unlink()
     except OSError as error:
         raise OSError(f"{path} cannot be written ({error}): pass another --checkpoint.") from error
-
-
-def to_bytes(data):
-    buffer = io.BytesIO()  # torch.save to a full disk aborts with an internal error, a plain write says what is wrong
-    torch.save(data, buffer)
-    return buffer.getvalue()
 
 
 def load_file(path):
@@ -208,8 +219,23 @@ def load_file(path):
         raise InputError(f"{path} is damaged or truncated ({str(error)[:200]}). Remove it and train again.") from error
 
 
-def pick_device(name=None, out=sys.stdout):
-    """Return torch.device(name), by default CUDA, else MPS, else the CPU, and print it; InputError if there is none."""
+def load_state(path, config, model, optimizer):
+    """Put the unfinished run saved at path into model and optimizer; return its history, a dict per epoch."""
+    state = on_rank_0(load_file, path)
+    try:
+        saved = state["config"]
+        changed = [f"{name} {saved.get(name)} -> {config[name]}" for name in config if saved.get(name) != config[name]]
+        if not changed:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return state["history"]
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path} is not the state of a run: start over without --resume.") from error
+    raise InputError(f"{path} is of a run with other settings: {', '.join(changed)}. Start over without --resume.")
+
+
+def pick_device(name=None):
+    """Return torch.device(name), by default CUDA, else MPS, else the CPU, and a line that says which and why."""
     with warnings.catch_warnings(record=True) as caught:  # where a driver is too old, CUDA says so in a warning
         warnings.simplefilter("always")
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -220,12 +246,45 @@ def pick_device(name=None, out=sys.stdout):
     elif not there.get(name.partition(":")[0]):
         usable = ", ".join(kind for kind in there if there[kind])
         raise InputError(f"Device {name!r} is not available{reason}: use one of {usable}, or leave --device out.")
+    else:
+        reason = ""
     try:
         torch.empty(0, device=name)
     except RuntimeError as error:
         raise InputError(f"Device {name!r} is not available: {str(error).splitlines()[0]}") from error
-    print(f"device: {name}{reason}", file=out, flush=True)
-    return torch.device(name)
+    return torch.device(name), f"device: {name}{reason}"
+
+
+def autocast(device):
+    """bfloat16 autocast where the hardware multiplies bfloat16 natively, else a context without effect: float32."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16) if native else contextlib.nullcontext()
+
+
+def join_ranks(device):
+    """Under torchrun, meet the other processes and take this one's GPU; alone, do nothing. Return the device."""
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        if device.type == "cuda":
+            device, _ = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def get_ranks():
+    """(rank of this process, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def on_rank_0(function, *args):
+    """Call function on rank 0 alone and return its result on every rank."""
+    result = [function(*args) if get_ranks()[0] == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    return result[0]
 
 
 def describe(device):
@@ -238,6 +297,7 @@ def describe(device):
 def run_command(entry):
     """Run an entry function with the flags of the command line; what the user can mend ends in one line on stderr."""
     status = 2
+    sys.stdout.reconfigure(line_buffering=True)  # a line per epoch shows at once in a pipe too
     try:
         return tyro.cli(entry)
     except KeyboardInterrupt:

@@ -26,15 +26,17 @@ from ood_utils import (
     SCORES,
     InputError,
     aurc,
+    checkpoint_path,
     describe,
     get_logits,
     get_performance,
+    load_file,
     pick_device,
     run_command,
     show_performance,
     write_file,
 )
-from train import checkpoint_path, get_loader, load_network
+from train import build_network, get_loader
 
 OOD_TYPES = ("gaussian", "rademacher", "blob", "svhn")  # any of ood_data.py's, or paths of folders
 SCORE = "msp"  # any of ood_utils.py's: what the report and the picture show
@@ -133,17 +135,18 @@ def cell(figure, with_std=True):
 
 
 def print_table(rows):
-    """Rows of cells in aligned columns, the first to the left, the others to the right."""
+    """Rows of cells as a Markdown table whose source is aligned too: first column to the left, others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for first, *others in rows:
+    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    for first, *others in (rows[0], rules, *rows[1:]):
         cells = [first.ljust(widths[0])] + [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        print("  ".join(cells).rstrip())
+        print("| " + " | ".join(cells) + " |")
 
 
 def print_tables(runs, summary, score):
     spread = f" of {len(runs)} runs, mean +- sample standard deviation (ddof 1)" if len(runs) > 1 else ""
     print(f"\n{score}{spread}, in percent; a higher score means more in-distribution")
-    print("in: in-distribution (or right) is the positive class; out: OOD (or wrong) is; AUROC is the same for both")
+    print("in: in-distribution (or right) is the positive class; out: OOD (or wrong) is; AUROC is the same for both\n")
     names = ("auroc", "aupr", "fpr95", "chance_aupr", "aupr_out", "fpr95_out", "chance_aupr_out")
     header = ["set", "AUROC", "AUPR-in", "FPR95-in", "chance AUPR-in", "AUPR-out", "FPR95-out", "chance AUPR-out"]
     rows = [[*header, "in", "out"]]
@@ -153,7 +156,7 @@ def print_tables(runs, summary, score):
         counts = [f"{np.mean([run['counts'][name][i] for run in runs]):.0f}" for i in (0, 1)]
         rows.append([name, *cells, *counts])
     print_table(rows)
-    print(f"AURC of selective classification on the closed set: {cell(summary['aurc'][score])}")
+    print(f"\nAURC of selective classification on the closed set: {cell(summary['aurc'][score])}")
 
     sets = [name for name in summary["sets"] if name != SPLIT]
     for metric, title in (("auroc", "AUROC"), ("fpr95", "FPR95-in")):
@@ -213,6 +216,21 @@ def short(name):
 # Evaluation
 
 
+def load_network(path):
+    """Return (network in eval mode on the CPU, class count) from a checkpoint; stem and class count are read from it.
+
+    Raises FileNotFoundError or InputError.
+    """
+    state = load_file(path)
+    try:
+        num_classes = len(state["fc.weight"])
+        model = build_network(num_classes, "cifar" if state["conv1.weight"].shape[-1] == 3 else "imagenet")
+        model.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise InputError(f"{path} is not a ResNet-18 of `python train.py`: {str(error)[:200]}") from error
+    return model.eval(), num_classes
+
+
 def build_ood_loaders(ood_types, count, batch_size, seed, data_root, device):
     """Return {name: loader} of the sets that can be had, and {name: reason} of the others."""
     loaders, skipped = {}, {}
@@ -252,13 +270,14 @@ def evaluate(
         raise InputError(f"Unknown score {score!r}: use {', '.join(SCORES)}.")
     if batch_size < 1 or seed < 0:
         raise InputError(f"--batch-size ({batch_size}) must be at least 1, --seed ({seed}) at least 0.")
-    ood_types = tuple(dict.fromkeys(ood_types))
+    ood_types = (ood_types,) if isinstance(ood_types, str) else tuple(dict.fromkeys(ood_types))
     for name in ood_types:
         check_ood_type(name, dataset)
     checkpoint = (checkpoint,) if isinstance(checkpoint, str | Path) else checkpoint or (None,)
     paths = [checkpoint_path(path, dataset) for path in checkpoint]
     networks = [load_network(path) for path in paths]
-    device = pick_device(device, out=sys.stderr)
+    device, note = pick_device(device)
+    print(note, file=sys.stderr)
     test_loader = get_loader(False, dataset, data_root, batch_size, device=device)
     for path, (_, num_classes) in zip(paths, networks, strict=True):
         if num_classes != len(test_loader.classes):

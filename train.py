@@ -10,14 +10,13 @@ Prints one line per epoch and writes, by default for CIFAR-100 and in the workin
     cifar100_resnet18.resume.pth    the state of an unfinished run
 """
 
-import contextlib
 import json
 import math
 import sys
 import time
-from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
@@ -26,13 +25,17 @@ from tqdm import tqdm
 from ood_data import DATA_ROOT, DATASET, EVAL_BATCH_SIZE, SEED, ImageLoader, normalise, read_closed_set
 from ood_utils import (
     InputError,
+    autocast,
     check_writable,
+    checkpoint_path,
     describe,
     get_logits,
-    load_file,
+    get_ranks,
+    join_ranks,
+    load_state,
+    on_rank_0,
     pick_device,
     run_command,
-    to_bytes,
     write_file,
 )
 
@@ -87,9 +90,10 @@ def get_loader(train=True, dataset=DATASET, data_root=DATA_ROOT, batch_size=None
     Its `classes` are the class names. batch_size defaults to BATCH_SIZE for training, EVAL_BATCH_SIZE for the test.
     Raises InputError or FileNotFoundError, as read_closed_set does.
     """
-    images, labels, classes = read_closed_set(dataset, data_root, train)
+    images, labels, classes = on_rank_0(read_closed_set, dataset, data_root, train)
     batch_size = batch_size or (BATCH_SIZE if train else EVAL_BATCH_SIZE)
-    loader = ImageLoader(images, labels, batch_size, get_transform(train), seed if train else None, device)
+    ranks = get_ranks() if train else (0, 1)
+    loader = ImageLoader(images, labels, batch_size, get_transform(train), seed if train else None, device, ranks)
     loader.classes = classes
     return loader
 
@@ -105,10 +109,13 @@ class SmallMapConv(nn.Conv2d):
     centre one, touch the output or get a gradient. The state dict has the full kernel, the dead taps zero.
     """
 
-    def __init__(self, conv, taps):
-        padding = max(0, conv.padding[0] - taps.start)
-        super().__init__(conv.in_channels, conv.out_channels, len(taps), conv.stride, padding, bias=False)
-        self.taps, self.full_size = taps, conv.kernel_size[0]
+    def __init__(self, conv, size):
+        kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+        starts = range(-padding, size + padding - kernel + 1, stride)  # where the kernel begins for each output
+        live = [tap for tap in range(kernel) if any(0 <= start + tap < size for start in starts)]
+        padding = max(0, padding - live[0])
+        super().__init__(conv.in_channels, conv.out_channels, len(live), stride, padding, bias=False)
+        self.size, self.full_size, self.taps = size, kernel, range(live[0], live[-1] + 1)
         self.weight = nn.Parameter(self.live(conv.weight.detach()).clone())
         self.register_state_dict_post_hook(self.pad_taps)
         self.register_load_state_dict_pre_hook(self.cut_taps)
@@ -126,32 +133,35 @@ class SmallMapConv(nn.Conv2d):
         if prefix + "weight" in state and state[prefix + "weight"].shape[-1] == self.full_size:
             state[prefix + "weight"] = self.live(state[prefix + "weight"])
 
-    def forward(self, images):
-        if not (images.is_cpu and images.shape[-1] == 2 and self.stride == (1, 1)):
-            return super().forward(images)
+    def forward(self, maps):
+        if maps.shape[-2:] != (self.size, self.size):
+            raise ValueError(
+                f"this network is built for 32x32 images: a map is {tuple(maps.shape)}, not {self.size} wide"
+            )
+        if not (maps.is_cpu and self.kernel_size == (3, 3)):
+            return super().forward(maps)
         # On a CPU a 3x3 convolution of a 2x2 map is faster as one matrix product, 4 C_in -> 4 C_out: output (y, x) sees
         # the whole map, through the 2x2 taps that begin at (1 - y, 1 - x).
         taps = self.weight.permute(0, 2, 3, 1)  # (C_out, 3, 3, C_in)
         taps = torch.stack([taps[:, 1 - y : 3 - y, 1 - x : 3 - x] for y in (0, 1) for x in (0, 1)])
-        outputs = F.linear(images.permute(0, 2, 3, 1).flatten(1), taps.flatten(0, 1).flatten(1))
+        outputs = F.linear(maps.permute(0, 2, 3, 1).flatten(1), taps.flatten(0, 1).flatten(1))
         return outputs.view(-1, 2, 2, self.out_channels).permute(0, 3, 1, 2)
 
 
 def shrink_convolutions(model):
     """Replace, in place, each 3x3 convolution that 32x32 images reach as a map of 2x2 or 1x1 by a SmallMapConv."""
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)}
     sizes = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-            module.register_forward_pre_hook(lambda _, inputs, name=name: sizes.update({name: inputs[0].shape[-1]}))
+    hooks = [
+        m.register_forward_pre_hook(lambda m, inputs: sizes.update({m: inputs[0].shape[-1]})) for m in convs.values()
+    ]
     with torch.no_grad():
         model.eval()(torch.zeros(1, 3, 32, 32))
-    for name, size in sizes.items():
-        conv = model.get_submodule(name)
-        conv._forward_pre_hooks.clear()
-        if size <= 2:
-            starts = range(-conv.padding[0], size - 1, conv.stride[0])  # where each output's kernel begins
-            live = [tap for tap in range(3) if any(0 <= start + tap < size for start in starts)]
-            model.set_submodule(name, SmallMapConv(conv, range(live[0], live[-1] + 1)))
+    for hook in hooks:
+        hook.remove()
+    for name, conv in convs.items():
+        if sizes[conv] <= 2:
+            model.set_submodule(name, SmallMapConv(conv, sizes[conv]))
     model.train()
 
 
@@ -169,51 +179,37 @@ def build_network(num_classes=100, stem=STEM):
     return model.to(memory_format=torch.channels_last)
 
 
-def load_network(path):
-    """Return (network in eval mode on the CPU, class count) from a checkpoint; stem and class count are read from it.
-
-    Raises FileNotFoundError or InputError.
-    """
-    state = load_file(path)
-    try:
-        num_classes = len(state["fc.weight"])
-        model = build_network(num_classes, "cifar" if state["conv1.weight"].shape[-1] == 3 else "imagenet")
-        model.load_state_dict(state)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise InputError(f"{path} is not a ResNet-18 of `python train.py`: {str(error)[:200]}") from error
-    return model.eval(), num_classes
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
-
-
-def checkpoint_path(checkpoint, dataset):
-    """The given path, or <dataset>_resnet18.pth in the working directory."""
-    return Path(checkpoint or f"{Path(dataset).expanduser().resolve().name}_resnet18.pth").expanduser()
-
-
-def autocast(device):
-    """bfloat16 autocast where the hardware multiplies bfloat16 natively, else a context without effect: float32."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16) if native else contextlib.nullcontext()
 
 
 def build_optimizer(model, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY):
     return torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, fused=True)
 
 
-def train_step(model, optimizer, images, labels):
-    """One SGD step on float32 images (N, 3, 32, 32) and labels (N,); return the mean loss, still on the device."""
+def train_step(model, optimizer, images, labels, weight=1.0):
+    """One SGD step on float32 images (N, 3, 32, 32) and labels (N,); return weight x mean loss, still on the device.
+
+    weight: this process's share of the images of the step times the number of processes, whose gradients are averaged.
+    """
     with autocast(images.device):
-        loss = F.cross_entropy(model(images), labels)
+        loss = F.cross_entropy(model(images), labels) * weight
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return loss.detach()
+
+
+def train_epoch(network, optimizer, loader, title):
+    """One pass over the loader; return the mean loss of every step over all processes, float32 (steps,) on the CPU."""
+    losses = []
+    for images, labels in tqdm(loader, title, leave=False, disable=True if loader.rank else None):
+        batch_size = min(loader.batch_size, len(loader.images) - len(losses) * loader.batch_size)
+        losses.append(train_step(network, optimizer, images, labels, loader.ranks * len(labels) / batch_size))
+    losses = torch.stack(losses)  # read once per epoch: reading each would make the device wait
+    if loader.ranks > 1:
+        dist.all_reduce(losses)
+    return losses.cpu() / loader.ranks
 
 
 def check_config(config):
@@ -228,23 +224,6 @@ def check_config(config):
         raise InputError(f"--milestones must lie between 0 and 1, the whole run, not {config['milestones']}.")
     if config["stem"] not in ("imagenet", "cifar"):
         raise InputError(f"Unknown stem {config['stem']!r}: use imagenet or cifar.")
-
-
-def load_state(path, config, model, optimizer):
-    """Put the unfinished run saved at path into model and optimizer; return its history, a dict per epoch."""
-    state = load_file(path)
-    try:
-        saved = state["config"]
-        changed = [f"{name} {saved.get(name)} -> {config[name]}" for name in config if saved.get(name) != config[name]]
-        if changed:
-            raise InputError(
-                f"{path} is of a run with other settings: {', '.join(changed)}. Start over without --resume."
-            )
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return state["history"]
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path} is not the state of a run: start over without --resume.") from error
 
 
 def train_model(
@@ -274,8 +253,6 @@ def train_model(
         epochs: Passes over the training images.
         batch_size: Images per step.
         lr: Learning rate before the first milestone.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
         milestones: Fractions of the run after which the learning rate is multiplied by gamma.
         gamma: Factor at a milestone.
         stem: imagenet (7x7 stride 2, max-pool) or cifar (3x3 stride 1).
@@ -288,70 +265,79 @@ def train_model(
     check_config(config)
     path = checkpoint_path(checkpoint, dataset)
     state_path, log_path = path.with_suffix(".resume.pth"), path.with_suffix(".json")
+    device, note = pick_device(device)
+    device = join_ranks(device)
+    rank, ranks = get_ranks()
+    say = print if rank == 0 else lambda line, file=None: None
+    say(note)
     for file in (path, state_path, log_path):
-        check_writable(file)
-    device = pick_device(device)
+        on_rank_0(check_writable, file)
     train_loader = get_loader(True, dataset, data_root, batch_size, seed, device)
     test_loader = get_loader(False, dataset, data_root, device=device)
     count = config["images"] = len(train_loader.images)
-    if (count % batch_size or batch_size) < 2:
-        raise InputError(f"{count} images in batches of {batch_size} leave a batch of 1, too few for batch norm.")
+    if (least := (count % batch_size or batch_size) // ranks) < 2:
+        parts = f"{count} images in batches of {batch_size}" + (f" over {ranks} processes" if ranks > 1 else "")
+        raise InputError(f"{parts} leave a batch of {least}, too few for batch norm: change --batch-size.")
 
     torch.manual_seed(seed)
     model = build_network(len(train_loader.classes), stem).to(device)
     optimizer = build_optimizer(model, lr, momentum, weight_decay)
-    history = []
-    if resume and state_path.exists():
+    history, found = [], on_rank_0(state_path.exists)
+    if resume and found:
         history = load_state(state_path, config, model, optimizer)
-        print(f"resuming after epoch {len(history)} of {epochs}", flush=True)
+        say(f"resuming after epoch {len(history)} of {epochs}")
     elif resume:
-        print(f"no unfinished run at {state_path}: starting", flush=True)
-    elif state_path.exists():
-        print(f"starting over: the first save replaces {state_path}, which --resume would continue", flush=True)
+        say(f"no unfinished run at {state_path}: starting")
+    elif found:
+        say(f"starting over: the first save replaces {state_path}, which --resume would continue")
+    network = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
 
     saved, saved_time = len(history), time.monotonic()
     try:
         for epoch in range(len(history), epochs):
             start = time.perf_counter()
-            train_loader.epoch = epoch
             # epoch / epochs is rounded as the literal 0.75 is, so that no milestone comes an epoch late
             epoch_lr = lr * gamma ** sum(epoch / epochs >= milestone for milestone in milestones)
             for group in optimizer.param_groups:
                 group["lr"] = epoch_lr
-            batches = tqdm(train_loader, f"epoch {epoch + 1}/{epochs}", leave=False, disable=None)
-            losses = torch.stack([train_step(model, optimizer, *batch) for batch in batches]).cpu()
-            if not losses.isfinite().all():
-                step = 1 + int(losses.isfinite().int().argmin())
-                where = f"epoch {epoch + 1}, step {step}, lr {epoch_lr:g}"
+            train_loader.epoch = epoch
+            losses = train_epoch(network, optimizer, train_loader, f"epoch {epoch + 1}/{epochs}")
+            where = f"lr {epoch_lr:g}; epoch {saved} is kept: lower --lr"
+            if bad := (~losses.isfinite()).nonzero().flatten().tolist():
                 raise FloatingPointError(
-                    f"The loss is {losses[step - 1]} at {where}; epoch {saved} is kept. Lower --lr."
+                    f"The loss is {losses[bad[0]]} at epoch {epoch + 1}, step {bad[0] + 1}, {where}."
                 )
             train_seconds = time.perf_counter() - start
+            if rank > 0:
+                continue
             logits, labels = get_logits(model, test_loader)
+            if not logits.isfinite().all():
+                raise FloatingPointError(f"Logits are not finite after epoch {epoch + 1}, step {len(losses)}, {where}.")
             accuracy = (logits.argmax(1) == labels).double().mean().item()
             figures = dict(epoch=epoch + 1, loss=losses.mean().item(), test_accuracy=accuracy, lr=epoch_lr)
-            history.append(figures | dict(seconds=time.perf_counter() - start))
-            print(
+            history = [*history, figures | dict(seconds=time.perf_counter() - start)]
+            say(
                 f"epoch {epoch + 1:3d}/{epochs}  loss {figures['loss']:.4f}  test accuracy {100 * accuracy:.2f}%  "
-                f"lr {epoch_lr:g}  {history[-1]['seconds']:.1f} s  {count / train_seconds:.0f} images/s",
-                flush=True,
+                f"lr {epoch_lr:g}  {history[-1]['seconds']:.1f} s  {count / train_seconds:.0f} images/s"
             )
             last = epoch + 1 == epochs
             if last or time.monotonic() - saved_time >= SAVE_SECONDS:
-                write_file(path, to_bytes(model.state_dict()))
+                write_file(path, model.state_dict())
                 log = dict(config=config, **describe(device), epochs=history)
                 write_file(log_path, json.dumps(log, indent=1).encode())
                 if not last:
-                    state = dict(
-                        config=config, history=history, model=model.state_dict(), optimizer=optimizer.state_dict()
-                    )
-                    write_file(state_path, to_bytes(state))
+                    state = dict(config=config, history=history, model=model.state_dict())
+                    write_file(state_path, state | dict(optimizer=optimizer.state_dict()))
                 saved, saved_time = epoch + 1, time.monotonic()
     except KeyboardInterrupt:
-        print(f"\ninterrupted: epoch {saved} is safe on disk; --resume goes on from there", file=sys.stderr)
+        safe = f"epoch {saved} is safe on disk; --resume goes on from there" if saved else "no epoch was saved yet"
+        say(f"\ninterrupted: {safe}", file=sys.stderr)
         raise
-    state_path.unlink(missing_ok=True)
-    print(f"wrote {path}")
+    if rank == 0:
+        state_path.unlink(missing_ok=True)
+    say(f"wrote {path}")
+    if ranks > 1:
+        dist.destroy_process_group()
     return model
 
 
