@@ -38,13 +38,17 @@ def write_images(folder, count, seed=0, size=(40, 34)):
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
 
 
-@pytest.fixture
-def class_folder(tmp_path):
+def write_class_folder(folder):
     """A closed set of two classes, 12 training and 5 test images each."""
     for i, name in enumerate(("cat", "dog")):
-        write_images(tmp_path / "pets/train" / name, 12, seed=i)
-        write_images(tmp_path / "pets/test" / name, 5, seed=10 + i)
-    return tmp_path / "pets"
+        write_images(folder / "train" / name, 12, seed=i)
+        write_images(folder / "test" / name, 5, seed=10 + i)
+    return folder
+
+
+@pytest.fixture
+def class_folder(tmp_path):
+    return write_class_folder(tmp_path / "pets")
 
 
 def md5_of(path):

@@ -1,10 +1,16 @@
 """The command lines, as a user starts them: the whole experiment on digits, the report, and every kind of bad input."""
 
+import contextlib
 import hashlib
+import inspect
+import io
 import json
+import random
 import re
+import runpy
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -14,9 +20,10 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torchvision.models import resnet18
 
+import ood_data
 import test as evaluation
 import train
-from ood_utils import SCORES
+from ood_utils import SCORES, InputError, pick_device
 
 NUMBER = r"-?\d+\.\d{4}"
 FIGURES = rf"AUROC: {NUMBER}, AUPR: {NUMBER}, FPR95: {NUMBER}"
@@ -24,21 +31,24 @@ FIGURES = rf"AUROC: {NUMBER}, AUPR: {NUMBER}, FPR95: {NUMBER}"
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    """(folder, what `python train.py` printed) of two epochs on digits."""
+    """(folder, what train.py printed) of an epoch on digits."""
     folder = tmp_path_factory.mktemp("digits")
-    flags = ["--dataset", "digits", "--epochs", "2", "--lr", "0.02"]
-    run = subprocess.run([sys.executable, ROOT / "train.py", *flags], cwd=folder, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return folder, run
+    flags = ["--dataset", "digits", "--epochs", "1", "--lr", "0.02", "--batch-size", "32"]
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder), contextlib.redirect_stdout(out):
+        out.reconfigure = lambda **options: None
+        patch.setattr(sys, "argv", ["train.py", *flags])
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    return folder, out.getvalue()
 
 
 def test_train_prints_a_line_per_epoch_and_writes_a_torchvision_checkpoint(digits_run):
-    folder, run = digits_run
-    device, *epochs, wrote = run.stdout.splitlines()
+    folder, out = digits_run
+    device, *epochs, wrote = out.splitlines()
     assert device.startswith("device: ") and "digits_resnet18.pth" in wrote
-    pattern = r"epoch   \d/2  loss \d\.\d{4}  test accuracy (\d+\.\d\d)%  lr 0\.0\d+  \d+\.\d s  \d+ images/s"
-    assert len(epochs) == 2 and all(re.fullmatch(pattern, line) for line in epochs)
-    assert float(re.fullmatch(pattern, epochs[1])[1]) > 15  # chance is 10
+    pattern = r"epoch   1/1  loss \d\.\d{4}  test accuracy (\d+\.\d\d)%  lr 0\.02  \d+\.\d s  \d+ images/s"
+    assert len(epochs) == 1 and re.fullmatch(pattern, epochs[0])
+    assert float(re.fullmatch(pattern, epochs[0])[1]) > 15  # chance is 10
     resnet18(num_classes=10).load_state_dict(torch.load(folder / "digits_resnet18.pth", weights_only=True))
     assert sorted(path.name for path in folder.iterdir() if "ood" not in path.name) == [
         "digits_resnet18.json",
@@ -109,8 +119,7 @@ def test_several_checkpoints_give_mean_and_sample_standard_deviation(in_digits_r
     assert all(path.with_suffix(".ood.npz").exists() for path in paths)
 
 
-@pytest.mark.parametrize("score", [score for score in SCORES if score != "msp"])
-def test_the_report_follows_the_score(in_digits_run, command, score):
+def test_the_report_follows_the_score(in_digits_run, command, score="energy"):
     _, out, _ = command("test.py", "--dataset", "digits", "--ood-types", "rademacher", "--score", score)
     figures = json.loads((in_digits_run / "digits_resnet18.ood.json").read_text())["runs"][0]["sets"]["rademacher"]
     assert f"AUROC: {figures[score]['auroc']:.4f}," in out.splitlines()[3]
@@ -147,23 +156,34 @@ def test_own_images_as_closed_set_and_ood_set(class_folder, tmp_path, command, m
     assert counts["photos"] == [10, 2] and counts[str(tmp_path / "birds")] == [10, 2]
 
 
-def test_a_constant_reaches_both_scripts(tmp_path):
-    """Copies of the scripts with lines of ood_data.py edited."""
-    for name in ("train.py", "test.py", "ood_utils.py"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    text = (ROOT / "ood_data.py").read_text()
-    for line, edited in (('DATASET = "cifar100"', 'DATASET = "cifar10"'), ("SEED = 0", "SEED = 7")):
-        assert text.count(line) == 1
-        text = text.replace(line, edited)
-    (tmp_path / "ood_data.py").write_text(text)
-    code = (
-        "import inspect, train, test\n"
-        "for entry in (train.train_model, test.evaluate):\n"
-        "    options = inspect.signature(entry).parameters\n"
-        "    print(options['dataset'].default, options['seed'].default)"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout.split() == ["cifar10", "7"] * 2
+def test_the_cpu_by_default_says_why_where_the_driver_is_too_old(monkeypatch):
+    def is_available():
+        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    device, note = pick_device()
+    assert device.type == "cpu" and "driver on your system is too old" in note
+    with pytest.raises(InputError, match="'cuda' is not available .*too old.*: use one of cpu"):
+        pick_device("cuda")
+
+
+def test_logits_that_are_not_finite_are_refused_by_name(in_digits_run, command, tmp_path):
+    state = torch.load("digits_resnet18.pth", weights_only=True)
+    torch.save(state | {"fc.bias": torch.full((10,), float("nan"))}, tmp_path / "nan.pth")
+    status, _, err = command("test.py", "--dataset", "digits", "--ood-types", "--checkpoint", tmp_path / "nan.pth")
+    assert status == 2 and "not finite" in err.splitlines()[-1]
+
+
+def test_a_constant_reaches_both_scripts():
+    """What both scripts need is assigned once, in ood_data.py, and is the default of both entry functions."""
+    for option in ("dataset", "data_root", "seed"):
+        name = option.upper()
+        assigned = [path.name for path in ROOT.glob("*.py") if re.search(rf"^{name} =", path.read_text(), re.MULTILINE)]
+        assert assigned == ["ood_data.py"]
+        for entry in (train.train_model, evaluation.evaluate):
+            assert inspect.signature(entry).parameters[option].default is getattr(ood_data, name)
 
 
 # Bad input: (script, flags, what stderr says). {folder} is a folder made by bad_folder().
@@ -209,7 +229,10 @@ BAD = [
     ("train.py", "--dataset {folder}/unreadable", "dog/broken.png is not a readable image"),
     ("train.py", "--dataset digits --checkpoint {folder}/nowhere/a.pth", "nowhere does not exist: create it"),
     ("train.py", "--dataset digits --checkpoint {folder}/pets", "pets is a folder: pass a file"),
-    ("train.py", "--dataset digits --checkpoint {folder}/two.pth/a.pth", "two.pth does not exist|is not a folder"),
+    ("train.py", "--dataset digits --checkpoint .", "is a folder: pass a file"),
+    ("test.py", "--dataset digits --checkpoint {folder}/pets", "pets is a folder: pass a file"),
+    ("train.py", "--dataset digits --checkpoint {folder}/a.json", "a.json is a .json file"),
+    ("train.py", "--dataset digits --checkpoint {folder}/two.pth/a.pth", "two.pth does not exist: create it"),
 ]
 
 
@@ -268,4 +291,31 @@ def test_ctrl_c_ends_with_status_130(class_folder, tmp_path, command, monkeypatc
     status, _, err = command(
         "train.py", "--dataset", class_folder, "--checkpoint", tmp_path / "a.pth", "--batch-size", 8
     )
-    assert status == 130 and "epoch 0 is safe on disk; --resume goes on" in err and "Traceback" not in err
+    assert status == 130 and "no epoch was saved yet" in err and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_the_real_command_survives_ten_kills(tmp_path):
+    """`python train.py --dataset digits` killed at random moments, resumed, and compared with one that was not."""
+
+    def start(name, *flags):
+        options = ["--dataset", "digits", "--epochs", "12", "--checkpoint", f"{name}.pth", *flags]
+        return subprocess.Popen([sys.executable, ROOT / "train.py", *options], cwd=tmp_path)
+
+    assert start("whole").wait() == 0
+    moments, kills = random.Random(0), 0
+    while kills < 10:
+        run = start("cut", "--resume")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(moments.uniform(4, 24))
+        if run.poll() is None:
+            run.kill()
+            kills += 1
+        run.wait()
+        for path in tmp_path.glob("cut*.pth"):
+            torch.load(path, weights_only=True)
+        if run.returncode == 0:
+            (tmp_path / "cut.pth").unlink()  # finished: the next one starts anew
+    assert start("cut", "--resume").wait() == 0
+    whole, cut = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("whole", "cut"))
+    assert all(torch.equal(weight, cut[name]) for name, weight in whole.items())
