@@ -1,7 +1,8 @@
 """From a network's logits to OOD scores, and from scores to AUROC, AUPR and FPR95.
 
 Every score points the same way: **higher means more in-distribution**. In `get_performance(pos, neg)` the first
-argument is the positive class. Metrics are fractions; what is printed is percent.
+argument is the positive class. Metrics are fractions; what is printed is percent. The second half of the file is what
+train.py and test.py share besides: files, device, processes and the command line.
 
     from ood_utils import get_ood_scores, show_performance
     scores, right, wrong = get_ood_scores(model, test_loader, closed_set=True)
@@ -171,9 +172,8 @@ def checkpoint_path(checkpoint, dataset):
 def write_file(path, content):
     """Write bytes, or what torch.save takes: at any moment the path holds the old file or the new one, whole."""
     if not isinstance(content, bytes):
-        buffer = (
-            io.BytesIO()
-        )  # on a full disk torch.save aborts with an internal error; a plain write says what is wrong
+        # On a full disk torch.save would stop with an internal error; a plain write says what is wrong.
+        buffer = io.BytesIO()
         torch.save(content, buffer)
         content = buffer.getvalue()
     temporary = temporary_path(path)
@@ -212,9 +212,7 @@ def load_file(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} is damaged, or holds code instead of weights, and was not loaded. Remove it."
-        ) from error
+        raise InputError(f"{path} is damaged, or holds code, and was not loaded: remove it.") from error
     except Exception as error:
         raise InputError(f"{path} is damaged or truncated ({str(error)[:200]}). Remove it and train again.") from error
 

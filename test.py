@@ -281,13 +281,11 @@ def evaluate(
     test_loader = get_loader(False, dataset, data_root, batch_size, device=device)
     for path, (_, num_classes) in zip(paths, networks, strict=True):
         if num_classes != len(test_loader.classes):
-            raise InputError(
-                f"{path} has {num_classes} classes, {dataset} {len(test_loader.classes)}: pass its --dataset."
-            )
+            raise InputError(f"{path} has {num_classes} classes, {dataset} {len(test_loader.classes)}: pass --dataset.")
     count = max(1, len(test_loader.images) // OOD_SHARE)
     ood_loaders, skipped = build_ood_loaders(ood_types, count, batch_size, seed, data_root, device)
 
-    runs, pictured = [], None
+    runs, picture = [], None
     for path, (model, _) in zip(paths, networks, strict=True):
         run, arrays = evaluate_network(model.to(device), test_loader, ood_loaders)
         if len(paths) > 1:
@@ -297,15 +295,13 @@ def evaluate(
         content = io.BytesIO()
         np.savez_compressed(content, **arrays)
         write_file(path.with_suffix(".ood.npz"), content.getvalue())
-        pictured = pictured or draw(
-            arrays, score, f"{path.stem}, {score}: grey is the closed set, right of the line 95% of it"
-        )
+        picture = picture or draw(arrays, score, f"{path.stem}: {score}, higher is more in-distribution")
     summary = summarise_runs(runs)
     print_tables(runs, summary, score)
     config = dict(dataset=dataset, ood_types=ood_types, score=score, batch_size=batch_size, seed=seed)
     results = dict(config=config, **describe(device), skipped=skipped, runs=runs, summary=summary)
     write_file(paths[0].with_suffix(".ood.json"), json.dumps(results, indent=1).encode())
-    write_file(paths[0].with_suffix(".ood.png"), pictured)
+    write_file(paths[0].with_suffix(".ood.png"), picture)
     return results
 
 

@@ -110,6 +110,37 @@ def test_svhn_is_the_first_test_images_in_order(tmp_path, monkeypatch):
     assert [labels.tolist() for _, labels in loader] == [[-1] * 3, [-1] * 3, [-1]]
 
 
+def test_mnist_is_read_as_torchvision_reads_it(tmp_path):
+    folder = tmp_path / "MNIST/raw"
+    folder.mkdir(parents=True)
+    digits = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    digits[0] = 255
+    for split in ("train", "t10k"):
+        header = b"".join(number.to_bytes(4, "big") for number in (0x803, 5, 28, 28))
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(header + digits.tobytes())
+        header = b"".join(number.to_bytes(4, "big") for number in (0x801, 5))
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(header + bytes(range(5)))
+    images = all_images(build_ood_loader("mnist", 3, data_root=tmp_path))
+    assert images.shape == (3, 3, 32, 32)
+    white = normalise(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))[0]
+    assert torch.equal(images[0], white) and not torch.equal(images[1], white)
+
+
+def test_textures_are_the_test_split_of_dtd(tmp_path):
+    for name, seed in (("banded", 0), ("woven", 1)):
+        write_images(tmp_path / "dtd/dtd/images" / name, 4, seed=seed, size=(32, 50))
+    labels = tmp_path / "dtd/dtd/labels"
+    labels.mkdir()
+    for split, number in (("train", 0), ("val", 1), ("test", 2)):
+        (labels / f"{split}1.txt").write_text(f"banded/00{number}.png\nwoven/00{number}.png\n")
+    found = all_images(build_ood_loader("textures", 10, data_root=tmp_path))
+    paths = [tmp_path / f"dtd/dtd/images/{name}/002.png" for name in ("banded", "woven")]
+    expected = reference_transform(
+        np.stack([np.asarray(Image.open(path))[:, 9:41].transpose(2, 0, 1) for path in paths])
+    )
+    assert torch.equal(found, expected) or torch.equal(found, expected.flip(0))
+
+
 def test_digits_are_split_once_and_for_all():
     train, train_labels, classes = read_closed_set("digits", train=True)
     test, test_labels, _ = read_closed_set("digits", train=False)
