@@ -39,18 +39,13 @@ EVAL_BATCH_SIZE = 1000  # only speed and memory depend on it
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2023, 0.1994, 0.2010)
 
-# name: torchvision's class, its folder under the data root, the file or folder it leaves there, where it comes from
+# name: torchvision's class, its folder under the data root, what unpacking leaves there, where it comes from
 DOWNLOADS = {
     "cifar10": (datasets.CIFAR10, "", "cifar-10-batches-py", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
     "cifar100": (datasets.CIFAR100, "", "cifar-100-python", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
     "svhn": (datasets.SVHN, "svhn", "test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/test_32x32.mat"),
-    "textures": (datasets.DTD, "", "dtd", "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz"),
-    "mnist": (
-        datasets.MNIST,
-        "",
-        "MNIST/raw",
-        "https://ossci-datasets.s3.amazonaws.com/mnist/t10k-images-idx3-ubyte.gz",
-    ),
+    "textures": (datasets.DTD, "", "dtd/dtd", "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz"),
+    "mnist": (datasets.MNIST, "", "MNIST/raw/t10k-images-idx3-ubyte", "https://ossci-datasets.s3.amazonaws.com/mnist/"),
 }
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # the colour photographs of everyday scenes in scikit-image
 
@@ -129,7 +124,7 @@ def fetch(name, data_root, **split):
     except Exception as error:
         raise FileNotFoundError(
             f"{name} is not at {root / local} and could not be downloaded ({error}). "
-            f"Get {url} on a machine that can and put it into {root}."
+            f"Get {url} on a machine that can and put it into {(root / local).parent}."
         ) from error
 
 

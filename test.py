@@ -156,7 +156,7 @@ def print_tables(runs, summary, score):
         counts = [f"{np.mean([run['counts'][name][i] for run in runs]):.0f}" for i in (0, 1)]
         rows.append([name, *cells, *counts])
     print_table(rows)
-    print(f"\nAURC of selective classification on the closed set: {cell(summary['aurc'][score])}")
+    print(f"\nAURC of selective classification on the closed set: {cell(summary['aurc'][score])} (lower is better)")
 
     sets = [name for name in summary["sets"] if name != SPLIT]
     for metric, title in (("auroc", "AUROC"), ("fpr95", "FPR95-in")):

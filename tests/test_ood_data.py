@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -199,11 +200,19 @@ def test_build_ood_loader_refuses(arguments, message):
         build_ood_loader(*arguments)
 
 
-def test_a_set_that_cannot_be_had_says_where_to_put_it(tmp_path, no_network):
-    with pytest.raises(
-        FileNotFoundError, match=r"svhn is not at .*could not be downloaded.*test_32x32.mat .* put it into"
-    ):
-        build_ood_loader("svhn", 10, data_root=tmp_path)
+@pytest.mark.parametrize("name,file,folder", [
+    ("svhn", "test_32x32.mat", "svhn"),
+    ("cifar10", "cifar-10-python.tar.gz", ""),
+    ("mnist", "mnist/", "MNIST/raw"),
+    ("textures", "dtd-r1.0.1.tar.gz", "dtd"),
+])  # fmt: skip
+def test_a_set_that_cannot_be_had_says_where_to_put_it(name, file, folder, tmp_path, no_network):
+    """Also the second time: a failed download leaves empty folders."""
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError) as error:
+            build_ood_loader(name, 10, data_root=tmp_path)
+        pattern = rf"{name} is not at .*could not be downloaded.*{file} .* put it into {tmp_path / folder}\.$"
+        assert re.search(pattern, " ".join(str(error.value).split()))
 
 
 def test_the_closed_set_is_no_ood_set(class_folder):
