@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision import datasets
+
+import train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,6 +52,40 @@ def write_class_folder(folder):
 @pytest.fixture
 def class_folder(tmp_path):
     return write_class_folder(tmp_path / "pets")
+
+
+def train_quietly(folder, checkpoint, **options):
+    options = dict(epochs=4, batch_size=5, lr=0.02, device="cpu") | options
+    return train.train_model(dataset=str(folder), checkpoint=str(checkpoint), **options)
+
+
+def same_bits(path, other):
+    one, two = torch.load(path, weights_only=True), torch.load(other, weights_only=True)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def interrupt_after(monkeypatch, steps):
+    """Ctrl-C after so many training steps."""
+    count, real_step = iter(range(10**9)), train.train_step
+
+    def step(*args):
+        if next(count) == steps:
+            raise KeyboardInterrupt
+        return real_step(*args)
+
+    monkeypatch.setattr(train, "train_step", step)
+
+
+@pytest.fixture(scope="module")
+def cut_run(tmp_path_factory):
+    """(data set, checkpoint, state) of a run that was interrupted in its second epoch."""
+    folder = tmp_path_factory.mktemp("cut")
+    write_class_folder(folder / "pets")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "SAVE_SECONDS", 0)
+        interrupt_after(patch, 7)
+        train_quietly(folder / "pets", folder / "cut.pth")
+    return folder / "pets", folder / "cut.pth", folder / "cut.resume.pth"
 
 
 def md5_of(path):

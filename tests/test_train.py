@@ -2,16 +2,11 @@
 
 import functools
 import json
-import multiprocessing
-import os
-import random
-import signal
-import time
 
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from conftest import write_class_folder
+from conftest import interrupt_after, same_bits, train_quietly
 from torch.nn import functional as F
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -26,7 +21,6 @@ from train import (
     build_optimizer,
     get_loader,
     get_transform,
-    train_model,
     train_step,
 )
 
@@ -163,19 +157,9 @@ def test_train_step_is_sgd_by_hand():
 # Runs
 
 
-def train_quietly(folder, checkpoint, **options):
-    options = dict(epochs=4, batch_size=5, lr=0.02, device="cpu") | options
-    return train_model(dataset=str(folder), checkpoint=str(checkpoint), **options)
-
-
 @pytest.fixture
 def save_every_epoch(monkeypatch):
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-
-
-def same_bits(path, other):
-    one, two = torch.load(path, weights_only=True), torch.load(other, weights_only=True)
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_one_seed_gives_one_checkpoint(class_folder, tmp_path):
@@ -190,18 +174,6 @@ def test_the_schedule_follows_the_epochs(class_folder, tmp_path):
     assert [epoch["lr"] for epoch in log["epochs"]] == [0.1] * 3 + [0.05] * 4 + [0.025] * 3
     assert log["config"]["milestones"] == [0.3, 0.7] and log["versions"]["torch"] == torch.__version__
     assert all(set(epoch) == {"epoch", "loss", "test_accuracy", "lr", "seconds"} for epoch in log["epochs"])
-
-
-def interrupt_after(monkeypatch, steps):
-    """Ctrl-C after so many training steps."""
-    count = iter(range(10**9))
-
-    def step(*args):
-        if next(count) == steps:
-            raise KeyboardInterrupt
-        return train_step(*args)
-
-    monkeypatch.setattr(train, "train_step", step)
 
 
 def test_resume_is_exact_and_appends(class_folder, tmp_path, monkeypatch, capsys):
@@ -223,18 +195,6 @@ def test_resume_is_exact_and_appends(class_folder, tmp_path, monkeypatch, capsys
 def test_resume_without_a_state_starts_and_says_so(class_folder, tmp_path, capsys):
     train_quietly(class_folder, tmp_path / "a.pth", epochs=1, resume=True)
     assert "no unfinished run" in capsys.readouterr().out and (tmp_path / "a.pth").exists()
-
-
-@pytest.fixture(scope="module")
-def cut_run(tmp_path_factory):
-    """(data set, checkpoint, state) of a run that was interrupted in its second epoch."""
-    folder = tmp_path_factory.mktemp("cut")
-    write_class_folder(folder / "pets")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "SAVE_SECONDS", 0)
-        interrupt_after(patch, 7)
-        train_quietly(folder / "pets", folder / "cut.pth")
-    return folder / "pets", folder / "cut.pth", folder / "cut.resume.pth"
 
 
 def test_too_many_processes_for_a_batch_are_refused(class_folder, tmp_path, monkeypatch):
@@ -292,34 +252,3 @@ def test_what_a_killed_run_left_is_cleared(class_folder, tmp_path):
         (tmp_path / name).write_bytes(b"half a fi")
     train_quietly(class_folder, tmp_path / "a.pth", epochs=1)
     assert sorted(path.name for path in tmp_path.glob("a.*")) == ["a.json", "a.pth"]
-
-
-def slow_run(folder, checkpoint):
-    """A run that saves every epoch and lingers within each write, so that kills hit writes too."""
-    import ood_utils
-
-    real_fsync, real_replace = os.fsync, os.replace
-    ood_utils.os.fsync = lambda descriptor: (real_fsync(descriptor), time.sleep(0.03))
-    ood_utils.os.replace = lambda source, target: (time.sleep(0.03), real_replace(source, target), time.sleep(0.02))
-    train.SAVE_SECONDS = 0
-    train_quietly(folder, checkpoint, epochs=3, resume=True)
-
-
-def test_kills_at_random_moments_lose_nothing(class_folder, tmp_path):
-    train_quietly(class_folder, tmp_path / "whole.pth", epochs=3)
-    context = multiprocessing.get_context("forkserver")  # imports torch once for all runs
-    context.set_forkserver_preload(["train"])
-    moments = random.Random(0)
-    kills = 0
-    for attempt in range(11):
-        process = context.Process(target=slow_run, args=(class_folder, tmp_path / "cut.pth"))
-        process.start()
-        process.join(60 if attempt == 10 else moments.uniform(0.15, 0.5))
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            kills += 1
-        for path in tmp_path.glob("cut*.pth"):  # the old file or the new one, whole
-            torch.load(path, weights_only=True)
-    assert kills >= 10 and process.exitcode == 0
-    assert same_bits(tmp_path / "cut.pth", tmp_path / "whole.pth")

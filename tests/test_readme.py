@@ -1,0 +1,32 @@
+"""The README against what it speaks of: the commands that CI runs and the files that its tables were made from."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+import test as evaluation
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_ci_runs_the_two_commands_of_the_first_screen():
+    commands = re.findall(r"^```\n(pip install .*)\n```$", README, re.MULTILINE)
+    assert len(commands) == 2
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    assert all(command in lines for command in commands)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.name)
+def test_tables_are_those_of_the_results(path, capsys):
+    results = json.loads(path.read_text())
+    evaluation.print_tables(results["runs"], results["summary"], results["config"]["score"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) > 10 and all(row in README.splitlines() for row in rows)
+    assert f"results/{path.stem}.png" in README and path.with_suffix(".png").exists()
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)", README) + re.findall(r"^\| `([\w./]+)`", README, re.MULTILINE):
+        assert (ROOT / target).exists(), target
