@@ -170,7 +170,7 @@ def time_evaluation(side):
 def peak_memory(side):
     """Peak memory in MB of a process that trains 20 steps, and of its workers; shared pages count once (PSS)."""
     code = f"import speed; speed.time_training(speed.{side}(speed.random_images(), speed.pick_device()[0]), 20)"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).resolve().parent)
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], cwd=Path(__file__).resolve().parent)
     peak = 0
     while process.poll() is None:
         with contextlib.suppress(psutil.Error):
