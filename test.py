@@ -62,27 +62,28 @@ def measure(pos, neg):
 def evaluate_network(model, test_loader, ood_loaders):
     """One forward pass over every set: raw scores, and every metric of every score.
 
-    Returns (run, arrays). run["sets"][set][score] is measure()'s dict, for SPLIT and each OOD set. arrays holds labels
-    and predictions int64 (N,), and for "closed set" and each OOD set the scores float64 (N, len(SCORES)).
+    Returns (run, labels, scores). run["sets"][set][score] is measure()'s dict, for SPLIT and each OOD set. labels holds
+    the closed set's labels and predictions, int64 (N,); scores, for the closed set and each OOD set, (N, len(SCORES)).
     """
     logits, labels = get_logits(model, test_loader)
-    correct = (logits.argmax(1) == labels).numpy()
-    arrays = {"labels": labels.numpy(), "predictions": logits.argmax(1).numpy(), "score_names": np.array(list(SCORES))}
+    labels = {"labels": labels.numpy(), "predictions": logits.argmax(1).numpy()}
     all_logits = {"closed set": logits} | {name: get_logits(model, loader)[0] for name, loader in ood_loaders.items()}
-    for name, logits in all_logits.items():
-        arrays[name] = np.stack([score(logits.double()).numpy() for score in SCORES.values()], axis=1)
-    groups = {SPLIT: (arrays["closed set"][correct], arrays["closed set"][~correct])}
-    groups |= {name: (arrays["closed set"], arrays[name]) for name in ood_loaders}
+    scores = {
+        name: np.stack([score(logits.double()).numpy() for score in SCORES.values()], axis=1)
+        for name, logits in all_logits.items()
+    }
+    closed, correct = scores["closed set"], labels["labels"] == labels["predictions"]
+    groups = {SPLIT: (closed[correct], closed[~correct])} | {name: (closed, scores[name]) for name in ood_loaders}
     run = {
         "error_rate": 100 * (1 - correct.mean()),
-        "aurc": {score: 100 * aurc(arrays["closed set"][:, i], correct) for i, score in enumerate(SCORES)},
+        "aurc": {score: 100 * aurc(closed[:, i], correct) for i, score in enumerate(SCORES)},
         "counts": {name: [len(pos), len(neg)] for name, (pos, neg) in groups.items()},
         "sets": {
             name: {score: measure(pos[:, i], neg[:, i]) for i, score in enumerate(SCORES)}
             for name, (pos, neg) in groups.items()
         },
     }
-    return run, arrays
+    return run, labels, scores
 
 
 def summarise(values):
@@ -108,11 +109,11 @@ def summarise_runs(runs):
 # Report
 
 
-def print_report(run, arrays, score, skipped, ood_types):
+def print_report(run, labels, scores, score, skipped, ood_types):
     """The report of the published experiment: in-distribution, or correctly classified, is the positive class."""
     column = list(SCORES).index(score)
-    closed = arrays["closed set"][:, column]
-    correct = arrays["labels"] == arrays["predictions"]
+    closed = scores["closed set"][:, column]
+    correct = labels["labels"] == labels["predictions"]
     print(f"Error Rate {run['error_rate']:.4f}")
     if correct.all() or not correct.any():
         reason = "no misclassified test image" if correct.all() else "no correctly classified test image"
@@ -124,7 +125,7 @@ def print_report(run, arrays, score, skipped, ood_types):
         if name in skipped:
             print(f"skipped: {skipped[name]}")
         else:
-            show_performance(closed, arrays[name][:, column])
+            show_performance(closed, scores[name][:, column])
 
 
 def cell(figure, with_std=True):
@@ -156,7 +157,8 @@ def print_tables(runs, summary, score):
         counts = [f"{np.mean([run['counts'][name][i] for run in runs]):.0f}" for i in (0, 1)]
         rows.append([name, *cells, *counts])
     print_table(rows)
-    print(f"\nAURC of selective classification on the closed set: {cell(summary['aurc'][score])} (lower is better)")
+    risk = f"AURC of selective classification {cell(summary['aurc'][score])} (lower is better)"
+    print(f"\nClosed set: error rate {cell(summary['error_rate'])}, {risk}")
 
     sets = [name for name in summary["sets"] if name != SPLIT]
     for metric, title in (("auroc", "AUROC"), ("fpr95", "FPR95-in")):
@@ -168,14 +170,14 @@ def print_tables(runs, summary, score):
             print_table([*rows, ["mean over sets", *(cell(summarise(values)) for values in means)]])
 
 
-def draw(arrays, score, title):
+def draw(scores, score, title):
     """PNG bytes: ROC curves, and score histograms of the closed set and each OOD set with the threshold of 95% TPR."""
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
     from sklearn.metrics import roc_auc_score, roc_curve
 
     column = list(SCORES).index(score)
-    sets = {name: array[:, column] for name, array in arrays.items() if array.ndim == 2}
+    sets = {name: array[:, column] for name, array in scores.items()}
     closed = sets.pop("closed set")
     threshold = np.sort(closed)[::-1][int(np.ceil(0.95 * len(closed))) - 1]
     bins = np.linspace(*np.quantile(np.concatenate([closed, *sets.values()]), [0, 1]), 41)
@@ -187,15 +189,15 @@ def draw(arrays, score, title):
         grid = figure.add_gridspec(max(rows, 1), 3, width_ratios=(1.5, 1, 1))
         roc = figure.add_subplot(grid[:, 0])
         roc.plot([0, 1], [0, 1], color="0.8", linewidth=1)
-        for i, (name, scores) in enumerate(sets.items()):
-            is_in = np.repeat([1, 0], [len(closed), len(scores)])
-            both = np.concatenate([closed, scores])
+        for i, (name, ood) in enumerate(sets.items()):
+            is_in = np.repeat([1, 0], [len(closed), len(ood)])
+            both = np.concatenate([closed, ood])
             fpr, tpr, _ = roc_curve(is_in, both)
             colour, style = colours[i % 9], ("-", "--", ":")[i // 9 % 3]
             auroc = 100 * roc_auc_score(is_in, both)
             roc.plot(fpr, tpr, style, color=colour, label=f"{short(name)}  {auroc:.1f}")
             panel = figure.add_subplot(grid[i // 2, 1 + i % 2])
-            for values, fill in ((closed, "0.5"), (scores, colour)):
+            for values, fill in ((closed, "0.5"), (ood, colour)):
                 panel.hist(values, bins, weights=np.full(len(values), 100 / len(values)), color=fill, alpha=0.6)
             panel.axvline(threshold, color="black", linewidth=1, linestyle="--")
             panel.set_title(short(name), fontsize=9, color=colour)
@@ -287,15 +289,16 @@ def evaluate(
 
     runs, picture = [], None
     for path, (model, _) in zip(paths, networks, strict=True):
-        run, arrays = evaluate_network(model.to(device), test_loader, ood_loaders)
+        run, labels, scores = evaluate_network(model.to(device), test_loader, ood_loaders)
         if len(paths) > 1:
             print(f"checkpoint: {path}")
-        print_report(run, arrays, score, skipped, ood_types)
+        print_report(run, labels, scores, score, skipped, ood_types)
         runs.append({"checkpoint": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **run})
         content = io.BytesIO()
-        np.savez_compressed(content, **arrays)
+        named = {f"scores/{name}": array for name, array in scores.items()}
+        np.savez_compressed(content, score_names=list(SCORES), **labels, **named)
         write_file(path.with_suffix(".ood.npz"), content.getvalue())
-        picture = picture or draw(arrays, score, f"{path.stem}: {score}, higher is more in-distribution")
+        picture = picture or draw(scores, score, f"{path.stem}: {score}, higher is more in-distribution")
     summary = summarise_runs(runs)
     print_tables(runs, summary, score)
     config = dict(dataset=dataset, ood_types=ood_types, score=score, batch_size=batch_size, seed=seed)

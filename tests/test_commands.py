@@ -87,7 +87,7 @@ def test_report_has_the_published_form_and_files_agree_with_it(in_digits_run, co
     assert lines[0] == f"Error Rate {100 * (1 - correct.mean()):.4f}"
     for line, name in zip(lines[3::2], names, strict=True):
         for column, score in enumerate(arrays["score_names"]):
-            closed, ood = arrays["closed set"][:, column], arrays[name][:, column]
+            closed, ood = arrays["scores/closed set"][:, column], arrays[f"scores/{name}"][:, column]
             is_in = np.r_[np.ones(360), np.zeros(72)]
             figures = run["sets"][name][score]
             assert figures["auroc"] == pytest.approx(100 * roc_auc_score(is_in, np.r_[closed, ood]), abs=1e-10)
@@ -116,6 +116,8 @@ def test_several_checkpoints_give_mean_and_sample_standard_deviation(in_digits_r
     std = (sum((value - mean) ** 2 for value in values) / 2) ** 0.5
     assert results["summary"]["sets"]["gaussian"]["msp"]["auroc"] == pytest.approx({"mean": mean, "std": std})
     assert f"{mean:.2f} +- {std:.2f}" in out and std > 0
+    errors = [run["error_rate"] for run in results["runs"]]
+    assert f"error rate {np.mean(errors):.2f} +- {np.std(errors, ddof=1):.2f}, AURC" in out
     assert all(path.with_suffix(".ood.npz").exists() for path in paths)
 
 
@@ -139,7 +141,7 @@ def test_a_set_that_cannot_be_had_is_skipped_with_its_reason(in_digits_run, comm
 def test_no_misclassified_image_is_reported_as_such(capsys):
     scores = {"closed set": np.random.default_rng(0).random((20, len(SCORES)))}
     labels = {"labels": np.arange(20), "predictions": np.arange(20)}
-    evaluation.print_report({"error_rate": 0.0}, scores | labels, "msp", {}, ())
+    evaluation.print_report({"error_rate": 0.0}, labels, scores, "msp", {}, ())
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["Error Rate 0.0000", "AUROC: n/a, AUPR: n/a, FPR95: n/a (no misclassified test image)"]
     assert evaluation.measure(np.ones(3), np.ones(0)) is None
@@ -147,13 +149,13 @@ def test_no_misclassified_image_is_reported_as_such(capsys):
 
 def test_own_images_as_closed_set_and_ood_set(class_folder, tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_images(tmp_path / "birds", 3, seed=5)
+    write_images(tmp_path / "labels", 3, seed=5)  # also the name of an array in the .npz
     status, out, _ = command("train.py", "--dataset", class_folder, "--epochs", 1, "--batch-size", 8, "--stem", "cifar")
     assert status == 0 and (tmp_path / "pets_resnet18.pth").exists()
-    status, out, _ = command("test.py", "--dataset", class_folder, "--ood-types", tmp_path / "birds", "photos")
+    status, out, _ = command("test.py", "--dataset", class_folder, "--ood-types", "labels", "photos")
     assert status == 0
     counts = json.loads((tmp_path / "pets_resnet18.ood.json").read_text())["runs"][0]["counts"]
-    assert counts["photos"] == [10, 2] and counts[str(tmp_path / "birds")] == [10, 2]
+    assert counts["photos"] == [10, 2] and counts["labels"] == [10, 2]
 
 
 def test_the_cpu_by_default_says_why_where_the_driver_is_too_old(monkeypatch):

@@ -22,7 +22,7 @@ def test_ci_runs_the_two_commands_of_the_first_screen():
 def test_tables_are_those_of_the_results(path, capsys):
     results = json.loads(path.read_text())
     evaluation.print_tables(results["runs"], results["summary"], results["config"]["score"])
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("|", "Closed set"))]
     assert len(rows) > 10 and all(row in README.splitlines() for row in rows)
     assert f"results/{path.stem}.png" in README and path.with_suffix(".png").exists()
 
