@@ -11,6 +11,7 @@ To add an OOD set, add a line to NOISES or OOD_IMAGES. `build_ood_loader` yields
 """
 
 import contextlib
+import functools
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -54,9 +55,15 @@ PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # the colour photographs 
 # Batches
 
 
+@functools.cache  # a copy to the device for every batch would make a GPU wait
+def statistics(device):
+    """MEAN and STD as float32 (3, 1, 1) on the device."""
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+
+
 def normalise(images):
     """uint8 (N, 3, H, W) -> float32 (N, 3, H, W): to [0, 1], minus MEAN, over STD, bit for bit as torchvision."""
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = statistics(images.device)
     return images.float().div_(255).sub_(mean).div_(std)
 
 
