@@ -184,7 +184,8 @@ def draw(scores, score, title):
     colours = [colour for i, colour in enumerate(matplotlib.color_sequences["petroff10"]) if i != 3]  # 3 is grey
     rows = -(-len(sets) // 2)
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(9, max(3.6, 1.7 * rows)), dpi=150, layout="constrained")
+        height = max(4.4, 1.7 * rows)
+        figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
         figure.suptitle(f"{title}\ngrey: closed set, 95% of it lies right of the dashed line", fontsize=10)
         grid = figure.add_gridspec(max(rows, 1), 3, width_ratios=(1.5, 1, 1))
         roc = figure.add_subplot(grid[:, 0])
@@ -203,7 +204,9 @@ def draw(scores, score, title):
             panel.set_title(short(name), fontsize=9, color=colour)
             panel.yaxis.set_major_formatter("{x:g}%")
         roc.set(xlabel="OOD accepted (false positive rate)", ylabel="closed set accepted (true positive rate)")
-        roc.legend(title="AUROC", loc="lower right", frameon=False)
+        roc.legend(
+            title="AUROC", loc="upper center", bbox_to_anchor=(0.45, -0.14 * 4.4 / height), ncols=2, frameon=False
+        )
         content = io.BytesIO()
         figure.savefig(content, format="png")
     return content.getvalue()
