@@ -181,7 +181,7 @@ def draw(scores, score, title):
     closed = sets.pop("closed set")
     threshold = np.sort(closed)[::-1][int(np.ceil(0.95 * len(closed))) - 1]
     bins = np.linspace(*np.quantile(np.concatenate([closed, *sets.values()]), [0, 1]), 41)
-    colours = [colour for i, colour in enumerate(matplotlib.color_sequences["petroff10"]) if i != 3]  # 3 is grey
+    colours = [c for i, c in enumerate(matplotlib.color_sequences["petroff10"]) if i not in (3, 8)]  # these are grey
     rows = -(-len(sets) // 2)
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         height = max(4.4, 1.7 * rows)
@@ -194,7 +194,7 @@ def draw(scores, score, title):
             is_in = np.repeat([1, 0], [len(closed), len(ood)])
             both = np.concatenate([closed, ood])
             fpr, tpr, _ = roc_curve(is_in, both)
-            colour, style = colours[i % 9], ("-", "--", ":")[i // 9 % 3]
+            colour, style = colours[i % 8], ("-", "--", ":")[i // 8 % 3]
             auroc = 100 * roc_auc_score(is_in, both)
             roc.plot(fpr, tpr, style, color=colour, label=f"{short(name)}  {auroc:.1f}")
             panel = figure.add_subplot(grid[i // 2, 1 + i % 2])
