@@ -150,10 +150,14 @@ def aurc(scores, correct):
     return float(np.mean(np.cumsum(np.repeat(errors, sizes)) / np.arange(1, len(scores) + 1)))
 
 
+def print_performance(auroc, aupr, fpr95):
+    """Print the three metrics, given in percent, on one line."""
+    print(f"AUROC: {auroc:.4f}, AUPR: {aupr:.4f}, FPR95: {fpr95:.4f}")
+
+
 def show_performance(pos, neg):
     """Print AUROC, AUPR and FPR95 of get_performance in percent on one line."""
-    auroc, aupr, fpr95 = get_performance(pos, neg)
-    print(f"AUROC: {100 * auroc:.4f}, AUPR: {100 * aupr:.4f}, FPR95: {100 * fpr95:.4f}")
+    print_performance(*(100 * metric for metric in get_performance(pos, neg)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

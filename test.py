@@ -32,8 +32,8 @@ from ood_utils import (
     get_performance,
     load_file,
     pick_device,
+    print_performance,
     run_command,
-    show_performance,
     write_file,
 )
 from train import build_network, get_loader
@@ -109,23 +109,21 @@ def summarise_runs(runs):
 # Report
 
 
-def print_report(run, labels, scores, score, skipped, ood_types):
+def print_report(run, score, skipped, ood_types):
     """The report of the published experiment: in-distribution, or correctly classified, is the positive class."""
-    column = list(SCORES).index(score)
-    closed = scores["closed set"][:, column]
-    correct = labels["labels"] == labels["predictions"]
     print(f"Error Rate {run['error_rate']:.4f}")
-    if correct.all() or not correct.any():
-        reason = "no misclassified test image" if correct.all() else "no correctly classified test image"
-        print(f"AUROC: n/a, AUPR: n/a, FPR95: n/a ({reason})")
+    if figures := run["sets"][SPLIT][score]:
+        print_performance(figures["auroc"], figures["aupr"], figures["fpr95"])
     else:
-        show_performance(closed[correct], closed[~correct])
+        missing = "misclassified" if run["counts"][SPLIT][1] == 0 else "correctly classified"
+        print(f"AUROC: n/a, AUPR: n/a, FPR95: n/a (no {missing} test image)")
     for name in ood_types:
         print(f"ood type: {name}")
         if name in skipped:
             print(f"skipped: {skipped[name]}")
         else:
-            show_performance(closed, scores[name][:, column])
+            figures = run["sets"][name][score]
+            print_performance(figures["auroc"], figures["aupr"], figures["fpr95"])
 
 
 def cell(figure, with_std=True):
@@ -295,7 +293,7 @@ def evaluate(
         run, labels, scores = evaluate_network(model.to(device), test_loader, ood_loaders)
         if len(paths) > 1:
             print(f"checkpoint: {path}")
-        print_report(run, labels, scores, score, skipped, ood_types)
+        print_report(run, score, skipped, ood_types)
         runs.append({"checkpoint": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **run})
         content = io.BytesIO()
         named = {f"scores/{name}": array for name, array in scores.items()}

@@ -23,7 +23,7 @@ from torchvision.models import resnet18
 import ood_data
 import test as evaluation
 import train
-from ood_utils import SCORES, InputError, pick_device
+from ood_utils import InputError, pick_device
 
 NUMBER = r"-?\d+\.\d{4}"
 FIGURES = rf"AUROC: {NUMBER}, AUPR: {NUMBER}, FPR95: {NUMBER}"
@@ -138,12 +138,15 @@ def test_a_set_that_cannot_be_had_is_skipped_with_its_reason(in_digits_run, comm
     assert list(skipped) == ["svhn"] and lines[3] == f"skipped: {skipped['svhn']}"
 
 
-def test_no_misclassified_image_is_reported_as_such(capsys):
-    scores = {"closed set": np.random.default_rng(0).random((20, len(SCORES)))}
-    labels = {"labels": np.arange(20), "predictions": np.arange(20)}
-    evaluation.print_report({"error_rate": 0.0}, labels, scores, "msp", {}, ())
+@pytest.mark.parametrize("shift,missing", [(0, "misclassified"), (1, "correctly classified")])
+def test_an_empty_half_of_the_split_is_reported_as_such(shift, missing, capsys):
+    """A network whose logits are its input, on 20 images that it gets all right or all wrong."""
+    model = torch.nn.Linear(20, 20, bias=False)
+    model.weight.data = torch.eye(20)
+    run, _, _ = evaluation.evaluate_network(model, [(10 * torch.eye(20), (torch.arange(20) + shift) % 20)], {})
+    evaluation.print_report(run, "msp", {}, ())
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["Error Rate 0.0000", "AUROC: n/a, AUPR: n/a, FPR95: n/a (no misclassified test image)"]
+    assert lines == [f"Error Rate {100.0 * shift:.4f}", f"AUROC: n/a, AUPR: n/a, FPR95: n/a (no {missing} test image)"]
     assert evaluation.measure(np.ones(3), np.ones(0)) is None
 
 
