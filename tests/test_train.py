@@ -157,11 +157,6 @@ def test_train_step_is_sgd_by_hand():
 # Runs
 
 
-@pytest.fixture
-def save_every_epoch(monkeypatch):
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-
-
 def test_one_seed_gives_one_checkpoint(class_folder, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train_quietly(class_folder, tmp_path / f"{name}.pth", epochs=1, seed=seed)
@@ -233,7 +228,8 @@ def test_damaged_states_are_refused_and_kept(cut_run):
     state.write_bytes(whole)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(class_folder, tmp_path, monkeypatch, save_every_epoch):
+def test_a_loss_that_is_not_finite_stops_the_run(class_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     steps = iter(range(1000))
 
     def step(*args):
