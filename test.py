@@ -3,6 +3,7 @@
     python test.py                                                  # cifar100_resnet18.pth against OOD_TYPES
     python test.py --ood-types gaussian photos ~/pictures           # other sets, or a folder of images
     python test.py --checkpoint seed0.pth seed1.pth seed2.pth       # mean and sample standard deviation
+    python test.py --table results/cifar100_seed0.ood.json          # the tables of an earlier evaluation again
 
 Prints, in percent, the error rate, the score's performance on correctly classified images (positive) against
 misclassified ones, then on the closed set (positive) against each OOD set; then the same figures in both conventions,
@@ -42,6 +43,14 @@ OOD_TYPES = ("gaussian", "rademacher", "blob", "svhn")  # any of ood_data.py's, 
 SCORE = "msp"  # any of ood_utils.py's: what the report and the picture show
 OOD_SHARE = 5  # one OOD image for so many test images: the chance level of AUPR depends on it
 SPLIT = "right / wrong"  # the row of correctly classified images against misclassified ones
+PUBLISHED = {  # with this experiment: one run on CIFAR-100 with MSP; AUROC / AUPR / FPR95, in-distribution positive
+    "error rate": "46.30",
+    SPLIT: "81.98 / 85.74 / 73.39",
+    "gaussian": "68.16 / 92.93 / 99.40",
+    "rademacher": "69.91 / 93.18 / 96.15",
+    "blob": "68.06 / 92.75 / 97.55",
+    "svhn": "66.97 / 91.65 / 89.05",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,30 +151,39 @@ def print_table(rows):
         print("| " + " | ".join(cells) + " |")
 
 
-def print_tables(runs, summary, score):
+def print_tables(results):
+    """Markdown tables of what the JSON holds: the first in the report's convention, the second in the other one."""
+    runs, summary, score = results["runs"], results["summary"], results["config"]["score"]
+    published = PUBLISHED if results["config"]["dataset"] == "cifar100" and score == "msp" else {}
     spread = f" of {len(runs)} runs, mean +- sample standard deviation (ddof 1)" if len(runs) > 1 else ""
-    print(f"\n{score}{spread}, in percent; a higher score means more in-distribution")
-    print("in: in-distribution (or right) is the positive class; out: OOD (or wrong) is; AUROC is the same for both\n")
-    names = ("auroc", "aupr", "fpr95", "chance_aupr", "aupr_out", "fpr95_out", "chance_aupr_out")
-    header = ["set", "AUROC", "AUPR-in", "FPR95-in", "chance AUPR-in", "AUPR-out", "FPR95-out", "chance AUPR-out"]
-    rows = [[*header, "in", "out"]]
-    for name, scores in summary["sets"].items():
-        figures = scores[score] or dict.fromkeys(names)
-        cells = [cell(figures[metric], with_std="chance" not in metric) for metric in names]
-        counts = [f"{np.mean([run['counts'][name][i] for run in runs]):.0f}" for i in (0, 1)]
-        rows.append([name, *cells, *counts])
-    print_table(rows)
+    print(f"\n{score}{spread}, in percent; higher means more in-distribution; each table names its positive class\n")
+    error_rate = cell(summary["error_rate"]) + (f" (published run {published['error rate']})" if published else "")
     risk = f"AURC of selective classification {cell(summary['aurc'][score])} (lower is better)"
-    print(f"\nClosed set: error rate {cell(summary['error_rate'])}, {risk}")
+    print(f"Closed set: error rate {error_rate}, {risk}\n")
+
+    for positive, suffix in (("in-distribution, right", ""), ("OOD, wrong", "_out")):
+        rows = [[f"positive: {positive}", "AUROC", "AUPR", "FPR95", "chance AUPR", "positive / negative images"]]
+        for name, scores in summary["sets"].items():
+            figures = scores[score] or {}
+            cells = [cell(figures.get(metric)) for metric in ("auroc", "aupr" + suffix, "fpr95" + suffix)]
+            counts = np.mean([run["counts"][name] for run in runs], axis=0)[:: -1 if suffix else 1]
+            chance = cell(figures.get("chance_aupr" + suffix), with_std=False)
+            rows.append([name, *cells, chance, " / ".join(f"{count:.0f}" for count in counts)])
+        rows += [[name, *["skipped"] * 5] for name in results["skipped"]]
+        if published and not suffix:
+            rows = [[*row, published.get(row[0], "")] for row in rows]
+            rows[0][-1] = "published: AUROC / AUPR / FPR95"
+        print_table(rows)
+        print()
 
     sets = [name for name in summary["sets"] if name != SPLIT]
-    for metric, title in (("auroc", "AUROC"), ("fpr95", "FPR95-in")):
+    for metric, title in (("auroc", "AUROC"), ("fpr95", "FPR95, in-distribution positive")):
         rows = [[title, *SCORES]]
         rows += [[name, *(cell(summary["sets"][name][score][metric]) for score in SCORES)] for name in sets]
         means = [[np.mean([run["sets"][name][score][metric] for name in sets]) for run in runs] for score in SCORES]
         if sets:
-            print()
             print_table([*rows, ["mean over sets", *(cell(summarise(values)) for values in means)]])
+            print()
 
 
 def draw(scores, score, title):
@@ -254,6 +272,7 @@ def evaluate(
     batch_size: int = EVAL_BATCH_SIZE,
     seed: int = SEED,
     device: str | None = None,
+    table: str | None = None,
 ):
     """Evaluate checkpoints, print the report, write it beside the (first) checkpoint; return what the JSON holds.
 
@@ -268,7 +287,15 @@ def evaluate(
         batch_size: Images per forward pass; no figure depends on it.
         seed: Of the noises.
         device: cuda, mps or cpu; by default the first of them that is there.
+        table: A .ood.json of an earlier evaluation: print its tables again and do nothing else.
     """
+    if table:
+        try:
+            results = json.loads(Path(table).read_text())
+            print_tables(results)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{table} is not a .ood.json of `python test.py`: {str(error)[:200]}") from error
+        return results
     if score not in SCORES:
         raise InputError(f"Unknown score {score!r}: use {', '.join(SCORES)}.")
     if batch_size < 1 or seed < 0:
@@ -300,10 +327,9 @@ def evaluate(
         np.savez_compressed(content, score_names=list(SCORES), **labels, **named)
         write_file(path.with_suffix(".ood.npz"), content.getvalue())
         picture = picture or draw(scores, score, f"{path.stem}: {score}, higher is more in-distribution")
-    summary = summarise_runs(runs)
-    print_tables(runs, summary, score)
     config = dict(dataset=dataset, ood_types=ood_types, score=score, batch_size=batch_size, seed=seed)
-    results = dict(config=config, **describe(device), skipped=skipped, runs=runs, summary=summary)
+    results = dict(config=config, **describe(device), skipped=skipped, runs=runs, summary=summarise_runs(runs))
+    print_tables(results)
     write_file(paths[0].with_suffix(".ood.json"), json.dumps(results, indent=1).encode())
     write_file(paths[0].with_suffix(".ood.png"), picture)
     return results

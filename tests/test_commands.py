@@ -119,6 +119,36 @@ def test_several_checkpoints_give_mean_and_sample_standard_deviation(in_digits_r
     errors = [run["error_rate"] for run in results["runs"]]
     assert f"error rate {np.mean(errors):.2f} +- {np.std(errors, ddof=1):.2f}, AURC" in out
     assert all(path.with_suffix(".ood.npz").exists() for path in paths)
+    again = command("test.py", "--table", tmp_path / "a.ood.json")
+    assert again == (0, out[out.index("\nmsp of 3 runs") :], "")
+    assert "published" not in out  # the published figures are CIFAR-100's
+
+
+def test_tables_have_both_conventions_skipped_sets_and_the_published_run(tmp_path, command):
+    """Figures in three digits: 1 run, 2 metric, 3 convention, so that a cell says where it comes from."""
+    metrics = ("auroc", "aupr", "fpr95", "chance_aupr", "aupr_out", "fpr95_out", "chance_aupr_out")
+    figures = {score: {metric: 10.0 + i for i, metric in enumerate(metrics)} for score in evaluation.SCORES}
+    other = {score: {metric: 12.0 + i for i, metric in enumerate(metrics)} for score in evaluation.SCORES}
+    runs = [
+        dict(error_rate=error, aurc=dict.fromkeys(evaluation.SCORES, 30.0), counts=counts, sets=sets)
+        for error, counts, sets in (
+            (46.0, {"right / wrong": [54, 46], "svhn": [100, 20]}, {"right / wrong": figures, "svhn": figures}),
+            (47.0, {"right / wrong": [53, 47], "svhn": [100, 20]}, {"right / wrong": other, "svhn": other}),
+        )
+    ]
+    config = dict(dataset="cifar100", score="msp")
+    results = dict(config=config, skipped={"blob": "no"}, runs=runs, summary=evaluation.summarise_runs(runs))
+    (tmp_path / "a.ood.json").write_text(json.dumps(results))
+    status, out, _ = command("test.py", "--table", tmp_path / "a.ood.json")
+    assert status == 1  # a set was skipped
+    assert "error rate 46.50 +- 0.71 (published run 46.30), AURC of selective classification 30.00 +- 0.00" in out
+    tables = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
+    inside = ["11.00 +- 1.41", "12.00 +- 1.41", "13.00 +- 1.41", "14.00"]
+    outside = ["11.00 +- 1.41", "15.00 +- 1.41", "16.00 +- 1.41", "17.00"]
+    assert ["svhn", *inside, "100 / 20", "66.97 / 91.65 / 89.05"] in tables
+    assert ["svhn", *outside, "20 / 100"] in tables
+    assert ["blob", *["skipped"] * 5, "68.06 / 92.75 / 97.55"] in tables and ["blob", *["skipped"] * 5] in tables
+    assert [row[0] for row in tables[:2]] == ["positive: in-distribution, right", "-" * 32]
 
 
 def test_the_report_follows_the_score(in_digits_run, command, score="energy"):
@@ -195,6 +225,9 @@ def test_a_constant_reaches_both_scripts():
 BAD = [
     ("train.py", "--dataset nosuch", "Unknown dataset 'nosuch': use cifar100, cifar10, digits or the path"),
     ("test.py", "--dataset nosuch --checkpoint {folder}/two.pth", "Unknown dataset 'nosuch'"),
+    ("test.py", "--table {folder}/none.ood.json", "No such file"),
+    ("test.py", "--table {folder}/list.pth", "list.pth is not a .ood.json of `python test.py`: 'utf-8' codec"),
+    ("test.py", "--table {folder}/log.json", "log.json is not a .ood.json of `python test.py`: 'runs'"),
     ("test.py", "--dataset digits --ood-types fog", "Unknown OOD type 'fog': use gaussian, rademacher, blob, svhn"),
     ("test.py", "--dataset digits --score sharpness", "Unknown score 'sharpness': use msp, max_logit"),
     ("test.py", "--ood-types cifar100", "'cifar100' is, or holds, the closed set itself"),
@@ -264,6 +297,7 @@ def bad_folder(tmp_path_factory):
     torch.save(ten | {"conv1.weight": torch.zeros(64, 3, 5, 5)}, tmp_path / "stem.pth")
     torch.save([1, 2, 3], tmp_path / "list.pth")
     torch.save({"fc.weight": Payload(tmp_path / "executed")}, tmp_path / "code.pth")
+    (tmp_path / "log.json").write_text('{"config": {}, "epochs": []}')
     (tmp_path / "cut.pth").write_bytes((tmp_path / "ten.pth").read_bytes()[:100_000])
     return tmp_path
 
