@@ -50,9 +50,26 @@ class PlainImages(Dataset):
         return self.transform(Image.fromarray(self.images[i])), self.labels[i]
 
 
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class Laps:
+    """laps(part) adds the time since the last call to laps.seconds[part]; with the device's work done."""
+
+    def __init__(self, device):
+        self.device = device
+        self.start()
+
+    def start(self):
+        self.seconds = {}
+        self.last = self.now()
+
+    def now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def __call__(self, part):
+        now = self.now()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
+        self.last = now
 
 
 class Plain:
@@ -85,9 +102,10 @@ class Plain:
     def scores(self, loader):
         return np.concatenate([F.softmax(self.model(images.to(self.device)), 1).amax(1).cpu() for images, _ in loader])
 
-    def evaluate(self):
+    def evaluate(self, lap):
         self.model.eval()
         closed = self.scores(self.test_loader)
+        lap("score")
         rng = np.random.default_rng(0)
         count = len(closed) // 5
         blobs = rng.binomial(1, 0.7, (count, 32, 32, 3)).astype(np.float32)
@@ -96,11 +114,15 @@ class Plain:
             blobs[i][blobs[i] < 0.75] = 0
         blobs = blobs.transpose(0, 3, 1, 2) * 2 - 1
         gaussian = rng.normal(0, 0.5, (count, 3, 32, 32)).clip(-1, 1).astype(np.float32)
+        lap("build noise")
         for noise in (gaussian, blobs):
             loader = DataLoader(
                 TensorDataset(torch.from_numpy(noise), torch.zeros(count)), BATCH_SIZE, num_workers=WORKERS
             )
-            get_performance(closed, self.scores(loader))
+            scores = self.scores(loader)
+            lap("score")
+            get_performance(closed, scores)
+            lap("metrics")
         self.model.train()
         return count * 7
 
@@ -126,11 +148,17 @@ class Project:
         for mark in marks:
             mark.remove()
 
-    def evaluate(self):
+    def evaluate(self, lap):
         count = len(self.test_loader.images) // 5
         closed = get_ood_scores(self.model, self.test_loader)
+        lap("score")
         for name in ("gaussian", "blob"):
-            get_performance(closed, get_ood_scores(self.model, build_ood_loader(name, count, device=self.device)))
+            loader = build_ood_loader(name, count, device=self.device)
+            lap("build noise")
+            scores = get_ood_scores(self.model, loader)
+            lap("score")
+            get_performance(closed, scores)
+            lap("metrics")
         return count * 7
 
 
@@ -138,38 +166,29 @@ def time_training(side, steps):
     """Images/s over so many steps (None: the rest of an epoch), and milliseconds a step in each of its parts."""
     warm_up = 2  # workers start, kernels are chosen
     steps = steps or len(side.loader) - warm_up
-    parts, images_seen, last = {}, 0, 0.0
-
-    def lap(part):
-        nonlocal last
-        synchronise(side.device)
-        now = time.perf_counter()
-        parts[part] = parts.get(part, 0.0) + now - last
-        last = now
-
-    batches = iter(side.loader)
+    laps, batches = Laps(side.device), iter(side.loader)
     for step in range(warm_up + steps):
         if step == warm_up:
-            synchronise(side.device)
-            parts, images_seen, last = {}, 0, time.perf_counter()
+            images_seen = 0
+            laps.start()
         images, labels = next(batches)
-        lap("load and augment")
-        side.step(images, labels, lap)
+        laps("load and augment")
+        side.step(images, labels, laps)
         images_seen += len(labels)
-    return images_seen / sum(parts.values()), {part: 1000 * seconds / steps for part, seconds in parts.items()}
+    return images_seen / sum(laps.seconds.values()), {part: 1000 * s / steps for part, s in laps.seconds.items()}
 
 
 def time_evaluation(side):
-    synchronise(side.device)
-    start = time.perf_counter()
-    images = side.evaluate()
-    synchronise(side.device)
-    return images / (time.perf_counter() - start)
+    """Images/s of the closed set and two noises, and the milliseconds of each part of one evaluation."""
+    laps = Laps(side.device)
+    images = side.evaluate(laps)
+    return images / sum(laps.seconds.values()), {part: 1000 * s for part, s in laps.seconds.items()}
 
 
 def peak_memory(side):
-    """Peak memory in MB of a process that trains 20 steps, and of its workers; shared pages count once (PSS)."""
-    code = f"import speed; speed.time_training(speed.{side}(speed.random_images(), speed.pick_device()[0]), 20)"
+    """Peak memory in MB of a process that trains 20 steps and evaluates, with its workers; shared pages count once."""
+    code = f"from speed import *; side = {side}(random_images(), pick_device()[0]); time_training(side, 20)"
+    code += "; time_evaluation(side)"
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], cwd=Path(__file__).resolve().parent)
     peak = 0
     while process.poll() is None:
@@ -225,22 +244,23 @@ def measure(pairs: int = 5, steps: int = 30, device: str | None = None, data_roo
     if device.type == "cuda":  # the first epoch chooses kernels
         training, evaluation = ({name: runs[1:] for name, runs in each.items()} for each in (training, evaluation))
 
-    plain, project = training["plain"], training["project"]
     dtype = "float32" if isinstance(train.autocast(device), contextlib.nullcontext) else "bfloat16"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     print(f"{source}; {name}, {torch.get_num_threads()} threads, {dtype}; torch {torch.__version__}, {pairs} pairs\n")
     print("| | plain loop | this repository | ratio |\n|---|---|---|---|")
-    print_rates("training, images/s", [run[0] for run in plain], [run[0] for run in project])
-    for part in ("load and augment", "forward", "backward", "optimiser"):
-        a, b = (np.median([run[1][part] for run in runs]) for runs in (plain, project))
-        print(f"| {part}, ms/step | {a:.1f} | {b:.1f} | {a / b:.2f} |")
-    print_rates("evaluation, images/s", evaluation["plain"], evaluation["project"])
+    print_rates("training", "ms/step", training["plain"], training["project"])
+    print_rates("evaluation", "ms", evaluation["plain"], evaluation["project"])
     print(f"| peak memory of the process tree, MB | {memory[0]:.0f} | {memory[1]:.0f} | {memory[0] / memory[1]:.2f} |")
 
 
-def print_rates(title, plain, project):
-    ratios = [b / a for a, b in zip(plain, project, strict=True)]
-    print(f"| {title} | {spread(plain)} | {spread(project)} | {spread(ratios, 2)} |")
+def print_rates(title, unit, plain, project):
+    """Rows of images/s, with the ratio's spread over the pairs, and of each part's median time."""
+    rates = [run[0] for run in plain], [run[0] for run in project]
+    ratios = [b / a for a, b in zip(*rates, strict=True)]
+    print(f"| {title}, images/s | {spread(rates[0])} | {spread(rates[1])} | {spread(ratios, 2)} |")
+    for part in plain[0][1]:
+        a, b = (np.median([run[1][part] for run in runs]) for runs in (plain, project))
+        print(f"| {part}, {unit} | {a:.1f} | {b:.1f} | {a / b:.2f} |")
 
 
 def processor():
