@@ -166,7 +166,7 @@ def time_training(side, steps):
     """Images/s over so many steps (None: the rest of an epoch), and milliseconds a step in each of its parts."""
     warm_up = 2  # workers start, kernels are chosen
     steps = steps or len(side.loader) - warm_up
-    laps, batches = Laps(side.device), iter(side.loader)
+    laps, batches, images_seen = Laps(side.device), iter(side.loader), 0
     for step in range(warm_up + steps):
         if step == warm_up:
             images_seen = 0
@@ -197,6 +197,8 @@ def peak_memory(side):
             members = (root, *root.children(recursive=True))
             peak = max(peak, sum(member.memory_full_info().pss for member in members))
         time.sleep(0.2)
+    if process.returncode:
+        raise InputError(f"the process that measures the memory of {side} ended with status {process.returncode}")
     return peak / 2**20
 
 
