@@ -291,7 +291,7 @@ def evaluate(
     """
     if table:
         try:
-            results = json.loads(Path(table).read_text())
+            results = json.loads(Path(table).expanduser().read_text())
             print_tables(results)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{table} is not a .ood.json of `python test.py`: {str(error)[:200]}") from error
