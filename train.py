@@ -176,7 +176,7 @@ def build_network(num_classes=100, stem=STEM):
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
-    model.relu, model.maxpool = model.maxpool, model.relu  # the same result, with a quarter of the maps to rectify
+    model.relu, model.maxpool = model.maxpool, model.relu  # the same result, with a quarter of the values to rectify
     shrink_convolutions(model)
     return model.to(memory_format=torch.channels_last)
 

@@ -125,7 +125,7 @@ def test_several_checkpoints_give_mean_and_sample_standard_deviation(in_digits_r
 
 
 def test_tables_have_both_conventions_skipped_sets_and_the_published_run(tmp_path, command):
-    """Figures in three digits: 1 run, 2 metric, 3 convention, so that a cell says where it comes from."""
+    """Every metric has a figure of its own, so that a cell says where it comes from; the two runs lie 2 apart."""
     metrics = ("auroc", "aupr", "fpr95", "chance_aupr", "aupr_out", "fpr95_out", "chance_aupr_out")
     figures = {score: {metric: 10.0 + i for i, metric in enumerate(metrics)} for score in evaluation.SCORES}
     other = {score: {metric: 12.0 + i for i, metric in enumerate(metrics)} for score in evaluation.SCORES}
