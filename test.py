@@ -249,6 +249,8 @@ def load_network(path):
         model.load_state_dict(state)
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise InputError(f"{path} is not a ResNet-18 of `python train.py`: {str(error)[:200]}") from error
+    if not all(value.isfinite().all() for value in state.values()):
+        raise InputError(f"{path} holds weights that are not finite: train it again, with a lower --lr.")
     return model.eval(), num_classes
 
 
