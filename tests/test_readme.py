@@ -12,6 +12,9 @@ import train
 from ood_data import NOISES
 
 README = (ROOT / "README.md").read_text()
+each_evaluation = pytest.mark.parametrize(
+    "path", sorted((ROOT / "results").glob("*.ood.json")), ids=lambda path: path.name
+)
 
 
 def test_ci_runs_the_two_commands_of_the_first_screen():
@@ -21,7 +24,7 @@ def test_ci_runs_the_two_commands_of_the_first_screen():
     assert all(command in lines for command in commands)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.ood.json")), ids=lambda path: path.name)
+@each_evaluation
 def test_tables_are_those_of_the_results(path, command):
     _, out, _ = command("test.py", "--table", path)
     rows = [line for line in out.splitlines() if line.startswith(("|", "Closed set"))]
@@ -29,7 +32,7 @@ def test_tables_are_those_of_the_results(path, command):
     assert f"results/{path.stem}.png" in README and path.with_suffix(".png").exists()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.ood.json")), ids=lambda path: path.name)
+@each_evaluation
 def test_every_evaluated_run_has_its_log_of_the_full_recipe(path):
     minutes = []
     for run in json.loads(path.read_text())["runs"]:
