@@ -1,16 +1,15 @@
-"""Evaluate a checkpoint of train.py: closed-set error, and how well a score tells OOD sets from the closed set.
+"""Evaluate a checkpoint of train.py: closed-set error, and how well scores tell OOD sets apart.
 
-    python test.py                                                  # cifar100_resnet18.pth against OOD_TYPES
-    python test.py --ood-types gaussian photos ~/pictures           # other sets, or a folder of images
-    python test.py --checkpoint seed0.pth seed1.pth seed2.pth       # mean and sample standard deviation
-    python test.py --table results/cifar100_seed0.ood.json          # the tables of an earlier evaluation again
+    python test.py                                               # cifar100_resnet18.pth
+    python test.py --ood-types gaussian photos ~/pictures        # other sets, or a folder
+    python test.py --checkpoint seed0.pth seed1.pth seed2.pth    # mean and standard deviation
 
-Prints, in percent, the error rate, the score's performance on correctly classified images (positive) against
-misclassified ones, then on the closed set (positive) against each OOD set; then the same figures in both conventions,
-and all scores side by side. Writes beside the checkpoint, for cifar100_resnet18.pth,
+Prints, in percent, the error rate, the score's performance on correctly classified images
+(positive) against misclassified ones, then on the closed set (positive) against each OOD set;
+then tables. Writes first, beside the first checkpoint or into --output,
     cifar100_resnet18.ood.json    every figure of every set and score, and what they depend on
-    cifar100_resnet18.ood.npz     the scores themselves, labels and predictions: any other metric needs no GPU
-    cifar100_resnet18.ood.png     histograms and ROC curves
+    cifar100_resnet18.ood.npz     scores and predictions of every image, of each checkpoint
+    cifar100_resnet18.ood.png     ROC curves, or the AUROC of several runs, and histograms
 Exit status 1 if an OOD set had to be skipped.
 """
 
@@ -18,324 +17,494 @@ import hashlib
 import io
 import json
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+import pandas as pd
+import torch
+from torchvision.utils import make_grid
+from tyro.conf import arg
 
-from ood_data import DATA_ROOT, DATASET, EVAL_BATCH_SIZE, SEED, build_ood_loader, check_ood_type
-from ood_utils import (
-    SCORES,
-    InputError,
-    aurc,
-    checkpoint_path,
-    describe,
-    get_logits,
-    get_performance,
-    load_file,
-    pick_device,
-    print_performance,
-    run_command,
-    write_file,
-)
-from train import build_network, get_loader
+import ood_data
+import ood_utils
+import train
+from ood_utils import SCORES, InputError
 
-OOD_TYPES = ("gaussian", "rademacher", "blob", "svhn")  # any of ood_data.py's, or paths of folders
-SCORE = "msp"  # any of ood_utils.py's: what the report and the picture show
+CLOSED_SET_HELP = f"{ood_data.CLOSED_SET_NAMES}; by default what the checkpoint's log names"
+
+
+@dataclass
+class Config:
+    """The published evaluation. Edit a value here, or pass it as a flag."""
+
+    checkpoint: tuple[str, ...] = ()  # of one run, or of several; by default <dataset>_resnet18.pth
+    dataset: Annotated[str | None, arg(help=CLOSED_SET_HELP)] = None
+    data_root: str = ood_data.DATA_ROOT  # where torchvision's data sets lie, or are downloaded to
+    ood_types: Annotated[tuple[str, ...], arg(help=ood_data.OOD_SET_NAMES)] = (
+        "gaussian",
+        "rademacher",
+        "blob",
+        "svhn",
+    )
+    score: Literal[tuple(SCORES)] = "msp"  # what the report and the picture show
+    batch_size: int = ood_data.EVAL_BATCH_SIZE  # no figure depends on it
+    seed: int = ood_data.NOISE_SEED  # of the noises
+    device: str | None = None  # by default cuda, mps or cpu, whichever is there first
+    output: str | None = None  # folder to write to, by default that of the first checkpoint
+
+
 OOD_SHARE = 5  # one OOD image for so many test images: the chance level of AUPR depends on it
-SPLIT = "right / wrong"  # the row of correctly classified images against misclassified ones
-PUBLISHED = {  # with this experiment: one run on CIFAR-100 with MSP; AUROC / AUPR / FPR95, in-distribution positive
-    "error rate": "46.30",
-    SPLIT: "81.98 / 85.74 / 73.39",
-    "gaussian": "68.16 / 92.93 / 99.40",
-    "rademacher": "69.91 / 93.18 / 96.15",
-    "blob": "68.06 / 92.75 / 97.55",
-    "svhn": "66.97 / 91.65 / 89.05",
+CLOSED = "closed set"
+SPLIT = "right / wrong"  # correctly classified test images against misclassified ones
+# One run on CIFAR-100 with MSP: AUROC, AUPR, FPR95, in-distribution positive.
+PUBLISHED_ERROR_RATE = 46.30
+PUBLISHED = {
+    SPLIT: (81.98, 85.74, 73.39),
+    "gaussian": (68.16, 92.93, 99.40),
+    "rademacher": (69.91, 93.18, 96.15),
+    "blob": (68.06, 92.75, 97.55),
+    "svhn": (66.97, 91.65, 89.05),
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures
+# ----------------------------------------------------------------------------------------
+# Load
 
 
-def measure(pos, neg):
-    """Metrics in percent of positive against negative scores, in both conventions; None when a group is empty."""
-    if not len(pos) or not len(neg):
-        return None
-    auroc, aupr, fpr95 = get_performance(pos, neg)
-    _, aupr_out, fpr95_out = get_performance(-neg, -pos)  # the negative class (OOD, wrong) as the positive one
-    figures = dict(auroc=auroc, aupr=aupr, fpr95=fpr95, chance_aupr=len(pos) / (len(pos) + len(neg)))
-    figures |= dict(aupr_out=aupr_out, fpr95_out=fpr95_out, chance_aupr_out=len(neg) / (len(pos) + len(neg)))
-    return {name: 100 * value for name, value in figures.items()}
+def pick_dataset(config, paths):
+    """The closed set: what --dataset says, else what the log of the first checkpoint says."""
+    log = train.read_log(paths[0])
+    if config.dataset is None and log:
+        return log["config"]["dataset"]
+    return config.dataset or ood_data.DATASET
 
 
-def evaluate_network(model, test_loader, ood_loaders):
-    """One forward pass over every set: raw scores, and every metric of every score.
-
-    Returns (run, labels, scores). run["sets"][set][score] is measure()'s dict, for SPLIT and each OOD set. labels holds
-    the closed set's labels and predictions, int64 (N,); scores, for the closed set and each OOD set, (N, len(SCORES)).
-    """
-    logits, labels = get_logits(model, test_loader)
-    labels = {"labels": labels.numpy(), "predictions": logits.argmax(1).numpy()}
-    all_logits = {"closed set": logits} | {name: get_logits(model, loader)[0] for name, loader in ood_loaders.items()}
-    scores = {
-        name: np.stack([score(logits.double()).numpy() for score in SCORES.values()], axis=1)
-        for name, logits in all_logits.items()
-    }
-    closed, correct = scores["closed set"], labels["labels"] == labels["predictions"]
-    groups = {SPLIT: (closed[correct], closed[~correct])} | {name: (closed, scores[name]) for name in ood_loaders}
-    run = {
-        "error_rate": 100 * (1 - correct.mean()),
-        "aurc": {score: 100 * aurc(closed[:, i], correct) for i, score in enumerate(SCORES)},
-        "counts": {name: [len(pos), len(neg)] for name, (pos, neg) in groups.items()},
-        "sets": {
-            name: {score: measure(pos[:, i], neg[:, i]) for i, score in enumerate(SCORES)}
-            for name, (pos, neg) in groups.items()
-        },
-    }
-    return run, labels, scores
-
-
-def summarise(values):
-    """Mean and sample standard deviation (ddof 1; None for one run) over runs."""
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "std": std}
-
-
-def summarise_runs(runs):
-    """summarise() of every figure: the shape of a run, without its counts; None where a run has no such figure."""
-
-    def walk(nodes):
-        if any(node is None for node in nodes):
-            return None
-        if isinstance(nodes[0], dict):
-            return {key: walk([node[key] for node in nodes]) for key in nodes[0]}
-        return summarise(nodes)
-
-    return walk([{key: run[key] for key in ("error_rate", "aurc", "sets")} for run in runs])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Report
-
-
-def print_report(run, score, skipped, ood_types):
-    """The report of the published experiment: in-distribution, or correctly classified, is the positive class."""
-    print(f"Error Rate {run['error_rate']:.4f}")
-    if figures := run["sets"][SPLIT][score]:
-        print_performance(figures["auroc"], figures["aupr"], figures["fpr95"])
+def check_closed_set(path, model, dataset):
+    """Raise InputError, before anything is read, if the checkpoint is of another closed set."""
+    log = train.read_log(path)
+    folder = Path(dataset).expanduser() / "train"
+    if dataset in ood_data.CLOSED_SETS:
+        count, _ = ood_data.CLOSED_SETS[dataset]
+        same = log is None or log["config"]["dataset"] == dataset
+    elif folder.is_dir():
+        classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        count = len(classes)
+        same = log is None or log.get("classes") == classes
     else:
-        missing = "misclassified" if run["counts"][SPLIT][1] == 0 else "correctly classified"
-        print(f"AUROC: n/a, AUPR: n/a, FPR95: n/a (no {missing} test image)")
-    for name in ood_types:
-        print(f"ood type: {name}")
-        if name in skipped:
-            print(f"skipped: {skipped[name]}")
-        else:
-            figures = run["sets"][name][score]
-            print_performance(figures["auroc"], figures["aupr"], figures["fpr95"])
-
-
-def cell(figure, with_std=True):
-    """A figure of the summary as text: mean, with the standard deviation where there are several runs."""
-    if figure is None:
-        return "n/a"
-    return f"{figure['mean']:.2f}" + (f" +- {figure['std']:.2f}" if with_std and figure["std"] is not None else "")
-
-
-def print_table(rows):
-    """Rows of cells as a Markdown table whose source is aligned too: first column to the left, others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    for first, *others in (rows[0], rules, *rows[1:]):
-        cells = [first.ljust(widths[0])] + [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        print("| " + " | ".join(cells) + " |")
-
-
-def print_tables(results):
-    """Markdown tables of what the JSON holds: the first in the report's convention, the second in the other one."""
-    runs, summary, score = results["runs"], results["summary"], results["config"]["score"]
-    published = PUBLISHED if results["config"]["dataset"] == "cifar100" and score == "msp" else {}
-    spread = f" of {len(runs)} runs, mean +- sample standard deviation (ddof 1)" if len(runs) > 1 else ""
-    print(f"\n{score}{spread}, in percent; higher means more in-distribution; each table names its positive class\n")
-    error_rate = cell(summary["error_rate"]) + (f" (published run {published['error rate']})" if published else "")
-    risk = f"AURC of selective classification {cell(summary['aurc'][score])} (lower is better)"
-    print(f"Closed set: error rate {error_rate}, {risk}\n")
-
-    for positive, suffix in (("in-distribution, right", ""), ("OOD, wrong", "_out")):
-        rows = [[f"positive: {positive}", "AUROC", "AUPR", "FPR95", "chance AUPR", "positive / negative images"]]
-        for name, scores in summary["sets"].items():
-            figures = scores[score] or {}
-            cells = [cell(figures.get(metric)) for metric in ("auroc", "aupr" + suffix, "fpr95" + suffix)]
-            counts = np.mean([run["counts"][name] for run in runs], axis=0)[:: -1 if suffix else 1]
-            chance = cell(figures.get("chance_aupr" + suffix), with_std=False)
-            rows.append([name, *cells, chance, " / ".join(f"{count:.0f}" for count in counts)])
-        rows += [[name, *["skipped"] * 5] for name in results["skipped"]]
-        if published and not suffix:
-            rows = [[*row, published.get(row[0], "")] for row in rows]
-            rows[0][-1] = "published: AUROC / AUPR / FPR95"
-        print_table(rows)
-        print()
-
-    sets = [name for name in summary["sets"] if name != SPLIT]
-    for metric, title in (("auroc", "AUROC"), ("fpr95", "FPR95, in-distribution positive")):
-        rows = [[title, *SCORES]]
-        rows += [[name, *(cell(summary["sets"][name][score][metric]) for score in SCORES)] for name in sets]
-        means = [[np.mean([run["sets"][name][score][metric] for name in sets]) for run in runs] for score in SCORES]
-        if sets:
-            print_table([*rows, ["mean over sets", *(cell(summarise(values)) for values in means)]])
-            print()
-
-
-def draw(scores, score, title):
-    """PNG bytes: ROC curves, and score histograms of the closed set and each OOD set with the threshold of 95% TPR."""
-    import matplotlib
-    from matplotlib.figure import Figure  # no pyplot: no display, no global state
-    from sklearn.metrics import roc_auc_score, roc_curve
-
-    column = list(SCORES).index(score)
-    sets = {name: array[:, column] for name, array in scores.items()}
-    closed = sets.pop("closed set")
-    threshold = np.sort(closed)[::-1][int(np.ceil(0.95 * len(closed))) - 1]
-    bins = np.linspace(*np.quantile(np.concatenate([closed, *sets.values()]), [0, 1]), 41)
-    colours = [c for i, c in enumerate(matplotlib.color_sequences["petroff10"]) if i not in (3, 8)]  # these are grey
-    rows = -(-len(sets) // 2)
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        height = max(4.4, 1.7 * rows)
-        figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
-        figure.suptitle(f"{title}\ngrey: closed set, 95% of it lies right of the dashed line", fontsize=10)
-        grid = figure.add_gridspec(max(rows, 1), 3, width_ratios=(1.5, 1, 1))
-        roc = figure.add_subplot(grid[:, 0])
-        roc.plot([0, 1], [0, 1], color="0.8", linewidth=1)
-        for i, (name, ood) in enumerate(sets.items()):
-            is_in = np.repeat([1, 0], [len(closed), len(ood)])
-            both = np.concatenate([closed, ood])
-            fpr, tpr, _ = roc_curve(is_in, both)
-            colour, style = colours[i % 8], ("-", "--", ":")[i // 8 % 3]
-            auroc = 100 * roc_auc_score(is_in, both)
-            roc.plot(fpr, tpr, style, color=colour, label=f"{short(name)}  {auroc:.1f}")
-            panel = figure.add_subplot(grid[i // 2, 1 + i % 2])
-            for values, fill in ((closed, "0.5"), (ood, colour)):
-                panel.hist(values, bins, weights=np.full(len(values), 100 / len(values)), color=fill, alpha=0.6)
-            panel.axvline(threshold, color="black", linewidth=1, linestyle="--")
-            panel.set_title(short(name), fontsize=9, color=colour)
-            panel.yaxis.set_major_formatter("{x:g}%")
-        roc.set(xlabel="OOD accepted (false positive rate)", ylabel="closed set accepted (true positive rate)")
-        roc.legend(
-            title="AUROC", loc="upper center", bbox_to_anchor=(0.45, -0.14 * 4.4 / height), ncols=2, frameon=False
+        raise InputError(f"Unknown data set {dataset!r}: use {ood_data.CLOSED_SET_NAMES}.")
+    if not same or count != model.fc.out_features:
+        trained_on = log["config"]["dataset"] if log else f"{model.fc.out_features} classes"
+        raise InputError(
+            f"{path} was trained on {trained_on}, not on {dataset}: pass its --dataset."
         )
-        content = io.BytesIO()
-        figure.savefig(content, format="png")
-    return content.getvalue()
+    if log and not log["finished"]:
+        done, epochs = len(log["epochs"]), log["config"]["epochs"]
+        print(f"note: {path} is of an unfinished run, {done} of {epochs} epochs", file=sys.stderr)
 
 
-def short(name):
-    """A folder's own name for its path."""
-    return Path(name).name or name
+def name_sets(ood_types, dataset):
+    """Return {name: OOD type}; a folder's set is named by the folder."""
+    sets = {}
+    for ood_type in dict.fromkeys(ood_types):
+        ood_data.check_ood_type(ood_type, dataset)
+        known = ood_type in ood_data.NOISES or ood_type in ood_data.OOD_IMAGES
+        name = ood_type if known else Path(ood_type).expanduser().resolve().name
+        if name in sets or name == CLOSED:
+            raise InputError(f"Two sets would be named {name!r}: rename the folder {ood_type}.")
+        sets[name] = ood_type
+    return sets
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-def load_network(path):
-    """Return (network in eval mode on the CPU, class count) from a checkpoint; stem and class count are read from it.
-
-    Raises FileNotFoundError or InputError.
-    """
-    state = load_file(path)
-    try:
-        num_classes = len(state["fc.weight"])
-        model = build_network(num_classes, "cifar" if state["conv1.weight"].shape[-1] == 3 else "imagenet")
-        model.load_state_dict(state)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise InputError(f"{path} is not a ResNet-18 of `python train.py`: {str(error)[:200]}") from error
-    if not all(value.isfinite().all() for value in state.values()):
-        raise InputError(f"{path} holds weights that are not finite: train it again, with a lower --lr.")
-    return model.eval(), num_classes
-
-
-def build_ood_loaders(ood_types, count, batch_size, seed, data_root, device):
-    """Return {name: loader} of the sets that can be had, and {name: reason} of the others."""
-    loaders, skipped = {}, {}
-    for name in ood_types:
+def build_loaders(config, sets, test_loader, device):
+    """Return {name: loader} of the closed set and the OOD sets, {name: reason} of those skipped."""
+    count = max(1, len(test_loader.images) // OOD_SHARE)
+    loaders, skipped = {CLOSED: test_loader}, {}
+    for name, ood_type in sets.items():
         try:
-            loaders[name] = build_ood_loader(name, count, batch_size, seed, data_root, device)
+            loaders[name] = ood_data.build_ood_loader(
+                ood_type, count, config.batch_size, config.seed, config.data_root, device
+            )
         except (InputError, OSError) as error:
             skipped[name] = " ".join(str(error).split())
     return loaders, skipped
 
 
-def evaluate(
-    checkpoint: tuple[str, ...] = (),
-    dataset: str = DATASET,
-    data_root: str = DATA_ROOT,
-    ood_types: tuple[str, ...] = OOD_TYPES,
-    score: str = SCORE,
-    batch_size: int = EVAL_BATCH_SIZE,
-    seed: int = SEED,
-    device: str | None = None,
-    table: str | None = None,
-):
-    """Evaluate checkpoints, print the report, write it beside the (first) checkpoint; return what the JSON holds.
+# ----------------------------------------------------------------------------------------
+# Score and measure
 
-    Raises InputError or OSError; an OOD set that cannot be had is listed in the result under "skipped".
 
-    Args:
-        checkpoint: One checkpoint of train.py, or one for each of several runs; <dataset>_resnet18.pth by default.
-        dataset: The closed set: cifar100, cifar10, digits, or a folder with train/<class>/ and test/<class>/.
-        data_root: Where torchvision's data sets lie, or are downloaded to.
-        ood_types: gaussian, rademacher, blob, svhn, cifar10, cifar100, textures, mnist, photos, or folders of images.
-        score: msp, max_logit, energy, entropy or gen: what the report and the picture show.
-        batch_size: Images per forward pass; no figure depends on it.
-        seed: Of the noises.
-        device: cuda, mps or cpu; by default the first of them that is there.
-        table: A .ood.json of an earlier evaluation: print its tables again and do nothing else.
+def score_sets(model, loaders):
+    """One forward pass over every set.
+
+    Returns {name: float64 (N, len(SCORES))}, {name: predictions int64 (N,)}, and the closed
+    set's labels, int64 (N,).
     """
-    if table:
-        try:
-            results = json.loads(Path(table).expanduser().read_text())
-            print_tables(results)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{table} is not a .ood.json of `python test.py`: {str(error)[:200]}") from error
-        return results
-    if score not in SCORES:
-        raise InputError(f"Unknown score {score!r}: use {', '.join(SCORES)}.")
-    if batch_size < 1 or seed < 0:
-        raise InputError(f"--batch-size ({batch_size}) must be at least 1, --seed ({seed}) at least 0.")
-    ood_types = (ood_types,) if isinstance(ood_types, str) else tuple(dict.fromkeys(ood_types))
-    for name in ood_types:
-        check_ood_type(name, dataset)
-    checkpoint = (checkpoint,) if isinstance(checkpoint, str | Path) else checkpoint or (None,)
-    paths = [checkpoint_path(path, dataset) for path in checkpoint]
-    networks = [load_network(path) for path in paths]
-    device, note = pick_device(device)
-    print(note, file=sys.stderr)
-    test_loader = get_loader(False, dataset, data_root, batch_size, device=device)
-    for path, (_, num_classes) in zip(paths, networks, strict=True):
-        if num_classes != len(test_loader.classes):
-            raise InputError(f"{path} has {num_classes} classes, {dataset} {len(test_loader.classes)}: pass --dataset.")
-    count = max(1, len(test_loader.images) // OOD_SHARE)
-    ood_loaders, skipped = build_ood_loaders(ood_types, count, batch_size, seed, data_root, device)
+    scores, predictions = {}, {}
+    for name, loader in loaders.items():
+        logits, labels = ood_utils.get_logits(model, loader)
+        columns = [score(logits.double()) for score in SCORES.values()]
+        scores[name] = torch.stack(columns, dim=1).numpy()
+        predictions[name] = logits.argmax(1).numpy()
+        if name == CLOSED:
+            closed_labels = labels.numpy()
+    return scores, predictions, closed_labels
 
-    runs, picture = [], None
-    for path, (model, _) in zip(paths, networks, strict=True):
-        run, labels, scores = evaluate_network(model.to(device), test_loader, ood_loaders)
-        if len(paths) > 1:
-            print(f"checkpoint: {path}")
-        print_report(run, score, skipped, ood_types)
-        runs.append({"checkpoint": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **run})
+
+def measure(pos, neg):
+    """Counts, and metrics in percent in both conventions; None where a group is empty."""
+    total = len(pos) + len(neg)
+    row = {"positives": len(pos), "negatives": len(neg)}
+    row["chance_aupr"] = 100 * len(pos) / total
+    row["chance_aupr_out"] = 100 * len(neg) / total
+    metrics = [None] * 5
+    if len(pos) and len(neg):
+        inside = ood_utils.get_performance(pos, neg)
+        _, *outside = ood_utils.get_performance(-neg, -pos)  # OOD, or wrong, is positive
+        metrics = [100 * metric for metric in (*inside, *outside)]
+    row |= zip(("auroc", "aupr", "fpr95", "aupr_out", "fpr95_out"), metrics, strict=True)
+    return row
+
+
+def measure_checkpoint(path, scores, predictions, labels):
+    """Return what the JSON holds of one checkpoint: its own figures, rows and sets."""
+    correct = predictions[CLOSED] == labels
+    closed = scores[CLOSED]
+    checkpoint = {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    checkpoint["error_rate"] = 100 * (1 - correct.mean())
+    checkpoint |= {"threshold": {}, "aurc": {}, "augrc": {}}
+    rows = []
+    for column, score in enumerate(SCORES):
+        values = closed[:, column]
+        checkpoint["threshold"][score] = ood_utils.get_threshold(values)
+        checkpoint["aurc"][score] = 100 * ood_utils.aurc(values, correct)
+        checkpoint["augrc"][score] = 100 * ood_utils.augrc(values, correct)
+        pairs = {SPLIT: (values[correct], values[~correct])}
+        pairs |= {name: (values, scores[name][:, column]) for name in scores if name != CLOSED}
+        for name, (pos, neg) in pairs.items():
+            row = {"checkpoint": str(path), "set": name, "score": score}
+            rows.append(row | measure(pos, neg))
+    sets = []
+    for name, classes in predictions.items():
+        effective, largest = ood_utils.predicted_classes(classes)
+        row = {"checkpoint": str(path), "set": name, "images": len(classes)}
+        sets.append(row | {"effective_classes": effective, "largest_share": 100 * largest})
+    return checkpoint, rows, sets
+
+
+# ----------------------------------------------------------------------------------------
+# Report
+
+
+def published_of(results):
+    """The published figures, where they are of this closed set and score."""
+    config = results["config"]
+    return PUBLISHED if (config["dataset"], config["score"]) == ("cifar100", "msp") else {}
+
+
+def print_report(results):
+    """The published report: in-distribution, or correctly classified, is the positive class."""
+    rows = pd.DataFrame(results["rows"])
+    rows = rows[rows["score"] == results["config"]["score"]]
+    for checkpoint in results["checkpoints"]:
+        if len(results["checkpoints"]) > 1:
+            print(f"checkpoint: {checkpoint['path']}")
+        print(f"Error Rate {checkpoint['error_rate']:.4f}")
+        of_run = rows[rows["checkpoint"] == checkpoint["path"]].set_index("set")
+        for name in (SPLIT, *results["config"]["ood_types"]):
+            if name != SPLIT:
+                print(f"ood type: {name}")
+            if name in results["skipped"]:
+                print(f"skipped: {results['skipped'][name]}")
+                continue
+            row = of_run.loc[name]
+            if pd.isna(row.auroc):
+                missing = "misclassified" if row.positives else "correctly classified"
+                print(f"AUROC: n/a, AUPR: n/a, FPR95: n/a (no {missing} test image)")
+            else:
+                print(f"AUROC: {row.auroc:.4f}, AUPR: {row.aupr:.4f}, FPR95: {row.fpr95:.4f}")
+
+
+def spread(values):
+    """Mean +- sample standard deviation (ddof 1) over checkpoints; of one, its value."""
+    values = np.asarray(values, dtype=float)
+    if np.isnan(values).any():
+        return "n/a"
+    text = f"{np.mean(values):.2f}"
+    if len(values) > 1:
+        text += f" +- {np.std(values, ddof=1):.2f}"
+    return text
+
+
+def print_table(table, title):
+    """A DataFrame of texts as a Markdown table, its index as the first column."""
+    table = table.rename_axis(title).reset_index()
+    align = ["left", *["right"] * (table.shape[1] - 1)]
+    print(table.to_markdown(index=False, tablefmt="pipe", colalign=align, disable_numparse=True))
+    print()
+
+
+def print_closed_set(results):
+    """Error rate, the risks of selective classification, and the threshold of the score."""
+    score, runs = results["config"]["score"], results["checkpoints"]
+    of_runs = f" of {len(runs)} runs, mean +- sample standard deviation" if len(runs) > 1 else ""
+    print(f"\n{score}{of_runs}, in percent; higher scores mean more in-distribution\n")
+    error_rate = spread([run["error_rate"] for run in runs])
+    if published_of(results):
+        error_rate += f" (published {PUBLISHED_ERROR_RATE:.2f})"
+    aurc = spread([run["aurc"][score] for run in runs])
+    augrc = spread([run["augrc"][score] for run in runs])
+    thresholds = ", ".join(f"{run['threshold'][score]:.4f}" for run in runs)
+    print(f"Closed set: error rate {error_rate}; AURC {aurc}, AUGRC {augrc} (lower is better)")
+    print(f"95% of the closed set scores at least {thresholds}\n")
+
+
+def print_performance(results, positive, out=""):
+    """The metrics of one convention; out: "" or "_out", the ending of their names in a row."""
+    rows = pd.DataFrame(results["rows"])
+    sets = rows[rows["score"] == results["config"]["score"]].groupby("set", sort=False)
+    table = sets[["auroc", f"aupr{out}", f"fpr95{out}"]].agg(spread)
+    table.columns = ["AUROC", "AUPR", "FPR95"]
+    table["chance AUPR"] = sets[f"chance_aupr{out}"].mean().map("{:.2f}".format)
+    table = table.reindex([*table.index, *results["skipped"]], fill_value="skipped")
+    if published_of(results) and not out:
+        published = {
+            name: "{:.2f} / {:.2f} / {:.2f}".format(*PUBLISHED[name]) for name in PUBLISHED
+        }
+        table["published"] = [published.get(name, "") for name in table.index]
+    print_table(table, f"positive: {positive}")
+
+
+def print_scores(results, metric, title):
+    """One metric of every OOD set and of their mean, by score."""
+    rows = pd.DataFrame(results["rows"])
+    rows = rows[rows["set"] != SPLIT]
+    means = rows.groupby(["checkpoint", "score"], sort=False)[metric].mean().reset_index()
+    rows = pd.concat([rows, means.assign(set="mean over sets")])
+    print_table(rows.pivot_table(metric, "set", "score", spread, sort=False), title)
+
+
+def print_predicted_classes(results):
+    sets = pd.DataFrame(results["sets"]).groupby("set", sort=False)
+    table = sets[["effective_classes", "largest_share"]].agg(spread)
+    table.columns = ["effective classes", "largest share"]
+    table.insert(0, "images", sets["images"].first().astype(str))
+    print_table(table, "predicted classes")
+    print("Effective classes: exp of the entropy of the predicted classes. The fewer, the more a")
+    print("set is one draw for each network instead of many images: its row moves with the seed.")
+
+
+def print_tables(results):
+    """Markdown tables of what the JSON holds; each names its positive class."""
+    print_closed_set(results)
+    print_performance(results, "in-distribution, right")
+    print_performance(results, "OOD, wrong", "_out")
+    if len(results["sets"]) > len(results["checkpoints"]):  # more than the closed set
+        print_scores(results, "auroc", "AUROC")
+        print_scores(results, "fpr95", "FPR95, in-distribution positive")
+    print_predicted_classes(results)
+
+
+# ----------------------------------------------------------------------------------------
+# Picture
+
+
+def log_odds(scores):
+    """log(p / (1 - p)): half of the closed set's MSP lies within 0.01 of 1."""
+    scores = np.clip(scores, 1e-5, 1 - 1e-5)
+    return np.log(scores / (1 - scores))
+
+
+def to_pixels(images):
+    """Four images of a loader as one picture (70, 70, 3) in [0, 1], noises un-normalised."""
+    images = images[:4].cpu()
+    if images.dtype == torch.uint8:
+        images = images / 255
+    else:
+        mean, std = ood_data.statistics(images.device)
+        images = (images * std + mean).clip(0, 1)
+    return make_grid(images, nrow=2, pad_value=1).permute(1, 2, 0).numpy()
+
+
+def short(name):
+    return name if len(name) <= 25 else f"{name[:24]}…"
+
+
+def draw_rocs(axes, scores, colours):
+    """The ROC curve of each set; scores {set: (N,)}, the closed set's among them."""
+    from sklearn.metrics import roc_curve
+
+    axes.plot([0, 1], [0, 1], color="0.8")
+    for name, colour in colours.items():
+        is_in = np.repeat([1, 0], [len(scores[CLOSED]), len(scores[name])])
+        fpr, tpr, _ = roc_curve(is_in, np.concatenate([scores[CLOSED], scores[name]]))
+        axes.plot(fpr, tpr, color=colour)
+    axes.set_xlabel("OOD accepted (false positive rate)")
+    axes.set_ylabel("closed set accepted (true positive rate)")
+
+
+def draw_dots(axes, rows, published, colours):
+    """A line a set, a dot a checkpoint, a cross the published figure, chance as a rule."""
+    names = list(rows["set"].unique())
+    axes.axvline(50, color="0.8")
+    for y, name in enumerate(names):
+        aurocs = rows[rows["set"] == name]["auroc"]
+        axes.plot(aurocs, [y] * len(aurocs), "o", color=colours.get(name, "0.3"), alpha=0.7)
+        if name in published:
+            axes.plot(published[name][0], y, "x", color="black", markersize=8)
+    axes.set_yticks(range(len(names)), [short(name) for name in names])
+    axes.invert_yaxis()
+    axes.set_xlabel("AUROC: a dot a run" + (", x published" if published else ""))
+
+
+def draw_scores(axes, closed, scores, colour, bins, to_axis):
+    """A set's scores over the closed set's in grey, and the threshold of the latter."""
+    for values, fill in ((closed, "0.5"), (scores, colour)):
+        share = np.full(len(values), 100 / len(values))
+        axes.hist(to_axis(values), bins, weights=share, color=fill, alpha=0.6)
+    axes.axvline(to_axis(ood_utils.get_threshold(closed)), color="black", lw=1, ls="--")
+    axes.yaxis.set_major_formatter("{x:g}%")
+    axes.tick_params(labelsize=7)
+    if to_axis is log_odds:
+        ticks = np.array([0.1, 0.5, 0.9, 0.99, 0.9999])
+        axes.set_xticks(log_odds(ticks), [f"{tick:g}" for tick in ticks])
+        axes.set_xlim(bins[0], bins[-1])
+
+
+def draw(results, scores, loaders):
+    """PNG bytes: ROC curves, or AUROCs of several runs, then images and scores of each set.
+
+    scores: {set: (N,)} of the first checkpoint.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state
+
+    rows = pd.DataFrame(results["rows"])
+    rows = rows[rows["score"] == results["config"]["score"]]
+    names = [name for name in scores if name != CLOSED]
+    hues = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(names)))
+    colours = dict(zip(names, hues, strict=True))
+    to_axis = log_odds if results["config"]["score"] == "msp" else np.asarray
+    everything = to_axis(np.concatenate(list(scores.values())))
+    low, high = everything.min(), everything.max()
+    bins = np.linspace(low, max(high, low + 0.01), 41)
+
+    columns = 1 if len(scores) <= 3 else 2
+    lines = -(-len(scores) // columns)
+    size = (11, max(3.8, 1.3 * lines + 0.6))
+    with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False}):
+        figure = Figure(size, dpi=130, layout="constrained")
+        left, right = figure.subfigures(1, 2, width_ratios=(1, 1.6))
+        if len(results["checkpoints"]) > 1:
+            draw_dots(left.subplots(), rows, published_of(results), colours)
+        else:
+            draw_rocs(left.subplots(), scores, colours)
+        first = Path(results["checkpoints"][0]["path"]).stem
+        what = f"{results['config']['score']} of {short(first)}"
+        what += ", AUROC; grey: closed set, 95% of it right of the dashed line"
+        right.suptitle(what, fontsize=9)
+        panels = right.subplots(lines, 2 * columns, width_ratios=(1, 2.6) * columns, squeeze=False)
+        for axes in panels.flat[2 * len(scores) :]:
+            axes.axis("off")
+        for (pixels, axes), name in zip(panels.reshape(-1, 2), scores, strict=False):
+            pixels.imshow(to_pixels(loaders[name].images))
+            pixels.axis("off")
+            colour = colours.get(name, "0.5")
+            draw_scores(axes, scores[CLOSED], scores[name], colour, bins, to_axis)
+            aurocs = [f"{auroc:.1f}" for auroc in rows[rows["set"] == name]["auroc"][:1]]
+            axes.set_title("  ".join([short(name), *aurocs]), loc="left", fontsize=8, color=colour)
         content = io.BytesIO()
-        named = {f"scores/{name}": array for name, array in scores.items()}
-        np.savez_compressed(content, score_names=list(SCORES), **labels, **named)
-        write_file(path.with_suffix(".ood.npz"), content.getvalue())
-        picture = picture or draw(scores, score, f"{path.stem}: {score}, higher is more in-distribution")
-    config = dict(dataset=dataset, ood_types=ood_types, score=score, batch_size=batch_size, seed=seed)
-    results = dict(config=config, **describe(device), skipped=skipped, runs=runs, summary=summarise_runs(runs))
+        figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+# ----------------------------------------------------------------------------------------
+# Evaluation
+
+
+def output_path(config, path, ending):
+    """Where a file about the checkpoint at path goes: into --output, or beside it."""
+    folder = Path(config.output).expanduser() if config.output else path.parent
+    return folder / path.with_suffix(ending).name
+
+
+def check_outputs(config, paths):
+    """Raise InputError now, not after the work, if the files cannot be written."""
+    outputs = [output_path(config, path, ".ood.npz") for path in paths]
+    if len(set(outputs)) < len(outputs):
+        raise InputError(
+            "Two checkpoints have the same name: their files would overwrite each other."
+        )
+    for folder in {output.parent for output in outputs}:
+        ood_utils.check_writable(folder, "--output")
+
+
+def evaluate(config=None):
+    """Evaluate checkpoints, write and print the report; return what the JSON holds.
+
+    config: a Config, by default the published evaluation. Raises InputError or OSError; an
+    OOD set that cannot be had is listed under "skipped".
+    """
+    config = config or Config()
+    if config.batch_size < 1 or config.seed < 0:
+        raise InputError("--batch-size must be at least 1 and --seed at least 0.")
+    default = config.dataset or ood_data.DATASET
+    paths = [ood_utils.checkpoint_path(name, default) for name in config.checkpoint or [None]]
+    networks = [train.load_network(path) for path in paths]
+    dataset = pick_dataset(config, paths)
+    for path, model in zip(paths, networks, strict=True):
+        check_closed_set(path, model, dataset)
+    sets = name_sets(config.ood_types, dataset)
+    check_outputs(config, paths)
+    device = ood_utils.pick_device(config.device)
+    results = {"config": asdict(config) | {"dataset": dataset, "ood_types": list(sets)}}
+    results |= ood_utils.describe(device)
+    print(f"device: {results['device']}, float32", file=sys.stderr)
+    test_loader = train.get_loader(
+        False, dataset, config.data_root, config.batch_size, device=device
+    )
+    loaders, results["skipped"] = build_loaders(config, sets, test_loader, device)
+
+    scored = [score_sets(model.to(device), loaders) for model in networks]
+    measured = [
+        measure_checkpoint(path, *arrays) for path, arrays in zip(paths, scored, strict=True)
+    ]
+    results["checkpoints"] = [checkpoint for checkpoint, _, _ in measured]
+    results["rows"] = [row for _, rows, _ in measured for row in rows]
+    results["sets"] = [row for _, _, rows in measured for row in rows]
+
+    files = {}
+    if len(loaders) > 1 or not sets:  # where every set was skipped, what is there is kept
+        files = write_results(config, paths, results, scored, loaders)
+    print_report(results)
     print_tables(results)
-    write_file(paths[0].with_suffix(".ood.json"), json.dumps(results, indent=1).encode())
-    write_file(paths[0].with_suffix(".ood.png"), picture)
+    for file in files:
+        print(f"wrote {file}")
     return results
 
 
+def write_results(config, paths, results, scored, loaders):
+    """Write JSON, PNG and a .npz for each checkpoint; return their paths."""
+    files = {}
+    for path, (scores, predictions, labels) in zip(paths, scored, strict=True):
+        arrays = {"score_names": list(SCORES), "labels": labels}
+        arrays["predictions"] = predictions[CLOSED]
+        arrays |= {f"scores/{name}": array for name, array in scores.items()}
+        arrays |= {f"predictions/{name}": array for name, array in predictions.items()}
+        content = io.BytesIO()
+        np.savez_compressed(content, **arrays)
+        files[output_path(config, path, ".ood.npz")] = content.getvalue()
+    column = list(SCORES).index(config.score)
+    first = {name: array[:, column] for name, array in scored[0][0].items()}
+    text = json.dumps(results, indent=1)
+    files[output_path(config, paths[0], ".ood.json")] = text.encode()
+    files[output_path(config, paths[0], ".ood.png")] = draw(results, first, loaders)
+    for file, content in files.items():
+        ood_utils.write_file(file, content)
+    return list(files)
+
+
 if __name__ == "__main__":
-    sys.exit(1 if run_command(evaluate)["skipped"] else 0)
+    outcome = ood_utils.run_command(evaluate, Config)
+    sys.exit(1 if outcome["skipped"] else 0)

@@ -1,347 +1,609 @@
 """Train a ResNet-18 on CIFAR-100, or on another closed set, and write a checkpoint.
 
-    python train.py                                   # CIFAR-100, 100 epochs, on the GPU if there is one
-    python train.py --dataset digits --epochs 20      # a laptop, no download
-    python train.py --resume                          # go on after an interruption
+    python train.py                                # CIFAR-100, 100 epochs
+    python train.py --dataset digits --epochs 20   # a laptop, no download
+    python train.py --resume                       # go on after an interruption
 
-Prints one line per epoch and writes, by default for CIFAR-100 and in the working directory,
-    cifar100_resnet18.pth           a plain state dict of torchvision's resnet18(num_classes=100)
-    cifar100_resnet18.json          configuration, versions, device, and the figures of every epoch
-    cifar100_resnet18.resume.pth    the state of an unfinished run
+Prints a line per epoch and writes, by default for CIFAR-100 and in the working directory,
+    cifar100_resnet18.pth          a plain state dict of torchvision's resnet18
+    cifar100_resnet18.json         settings, classes, versions, and the figures of every epoch
+    cifar100_resnet18.resume.pth   the state of an unfinished run
 """
 
+import contextlib
+import datetime
+import functools
+import glob
 import json
 import math
-import sys
+import os
 import time
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
 
+import filelock
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
 from tqdm import tqdm
+from tyro.conf import arg
 
-from ood_data import DATA_ROOT, DATASET, EVAL_BATCH_SIZE, SEED, ImageLoader, normalise, read_closed_set
-from ood_utils import (
-    InputError,
-    autocast,
-    check_writable,
-    checkpoint_path,
-    describe,
-    get_logits,
-    get_ranks,
-    join_ranks,
-    load_state,
-    on_rank_0,
-    pick_device,
-    run_command,
-    write_file,
-)
+import ood_data
+import ood_utils
+from ood_data import ImageLoader, memory_format, normalise
+from ood_utils import InputError
 
-# The published recipe: 100 epochs of CIFAR-100 in 391 steps each. DATASET, DATA_ROOT and SEED stand in ood_data.py.
-EPOCHS = 100
-BATCH_SIZE = 128
-LR = 0.1
-MOMENTUM = 0.9
-WEIGHT_DECAY = 1e-4
-MILESTONES = (0.5, 0.75)  # fractions of the run after which lr is multiplied by GAMMA
-GAMMA = 0.1
-STEM = "imagenet"  # torchvision's 7x7 stride-2 stem and max-pool; "cifar": 3x3 stride 1, as most papers use at 32x32
+
+@dataclass
+class Config:
+    """The published recipe. Edit a value here, or pass it as a flag."""
+
+    dataset: Annotated[str, arg(help=ood_data.CLOSED_SET_NAMES)] = ood_data.DATASET
+    data_root: str = ood_data.DATA_ROOT  # where torchvision's data sets lie, or are downloaded to
+    checkpoint: str | None = None  # file to write, by default <dataset>_resnet18.pth
+    epochs: int = 100  # passes over the training images
+    batch_size: int = 128  # images per step, of all processes together
+    lr: float = 0.1  # learning rate before the first milestone
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    milestones: tuple[float, ...] = (0.5, 0.75)  # fractions of the run at which lr drops
+    gamma: float = 0.1  # factor of the learning rate at a milestone
+    stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 stride 1
+    seed: int = 0  # of weights, order and augmentation
+    device: str | None = None  # by default cuda, mps or cpu, whichever is there first
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # bfloat16 where it is native
+    resume: bool = False  # go on with the unfinished run of this checkpoint
+
+
 PADDING = 4  # pixels of black around an image before the random crop
-SAVE_SECONDS = 10  # an epoch of a small set takes less time than writing a checkpoint does
+KEPT = "What was saved before is kept."
+SAVE_SECONDS = 10  # an epoch of a small set takes less time than writing a checkpoint
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------
 # Data
 
 
-def get_transform(train=True):
-    """Return the function that makes a batch of uint8 images (N, 3, H, W) the network's float32 input, normalised.
+def crop_and_flip(images, draws):
+    """Pad uint8 (N, 3, 32, 32) with black, crop 32x32 at a random place, flip with p = 0.5.
 
-    With train=True each image is padded with PADDING black pixels, cropped to its size at a random place and flipped
-    with p = 0.5; a second argument, float32 (N, 3) in [0, 1), decides row, column and flip (default: torch.rand).
+    draws: float32 (N, 3) in [0, 1), which decide row, column and flip of each image.
     """
-    if not train:
-        return normalise
+    size = images.shape[-1]
+    row, column = (draws[:, :2] * (2 * PADDING + 1)).long().unbind(1)
+    padded = F.pad(images, (PADDING,) * 4)
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # (N, 3, 9, 9, 32, 32), a view
+    each = torch.arange(len(images), device=images.device)
+    crops = windows[each, :, row, column]
+    flip = draws[:, 2, None, None, None] < 0.5
+    return torch.where(flip, crops.flip(3), crops)
+
+
+def get_transform(train=True):
+    """Return what get_loader does to a batch: uint8 (N, 3, 32, 32) -> float32, normalised.
+
+    With train=True it crops and flips first, by draws of its own or those it is given.
+    """
 
     def transform(images, draws=None):
         draws = torch.rand(len(images), 3) if draws is None else draws
         return normalise(crop_and_flip(images, draws.to(images.device)))
 
-    return transform
+    return transform if train else normalise
 
 
-def crop_and_flip(images, draws):
-    """uint8 (N, 3, H, W), float32 (N, 3) -> uint8 (N, 3, H, W); row and column are uniform over 2 * PADDING + 1."""
-    count, _, height, width = images.shape
-    offset = (draws[:, :2] * (2 * PADDING + 1)).long()
-    columns = torch.arange(width, device=images.device)
-    rows = offset[:, :1] + torch.arange(height, device=images.device)  # (N, H)
-    columns = offset[:, 1:] + torch.where(draws[:, 2:] < 0.5, columns.flip(0), columns)  # (N, W)
-    each = torch.arange(count, device=images.device)
-    padded = F.pad(images, (PADDING,) * 4)
-    return padded[each[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+def get_loader(
+    train=True,
+    dataset=Config.dataset,
+    data_root=Config.data_root,
+    batch_size=None,
+    seed=Config.seed,
+    device="cpu",
+    augment=True,
+):
+    """Return an ImageLoader over a split of a closed set; its `classes` are the class names.
 
-
-def get_loader(train=True, dataset=DATASET, data_root=DATA_ROOT, batch_size=None, seed=SEED, device="cpu"):
-    """Return an ImageLoader over a closed set's split: shuffled and augmented with train=True, else in order.
-
-    Its `classes` are the class names. batch_size defaults to BATCH_SIZE for training, EVAL_BATCH_SIZE for the test.
-    Raises InputError or FileNotFoundError, as read_closed_set does.
+    The training split is shuffled, cropped and flipped anew in each epoch unless
+    augment=False. Raises InputError where the set is unknown or cannot be had.
     """
-    images, labels, classes = on_rank_0(read_closed_set, dataset, data_root, train)
-    batch_size = batch_size or (BATCH_SIZE if train else EVAL_BATCH_SIZE)
-    ranks = get_ranks() if train else (0, 1)
-    loader = ImageLoader(images, labels, batch_size, get_transform(train), seed if train else None, device, ranks)
-    loader.classes = classes
-    return loader
+    read = (ood_data.read_closed_set, dataset, data_root, train)
+    images, labels, classes = first_on_each_machine(*read)
+    if not (train and augment):
+        return ImageLoader(images, labels, classes, batch_size or ood_data.EVAL_BATCH_SIZE, device)
+    rank, processes = get_ranks()
+    return ImageLoader(
+        images,
+        labels,
+        classes,
+        batch_size or Config.batch_size,
+        device,
+        augment=crop_and_flip,
+        shuffle=True,
+        seed=seed,
+        rank=rank,
+        processes=processes,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Network
+# ----------------------------------------------------------------------------------------
+# Network: torchvision's resnet18, with small maps computed the short way
+#
+# 32x32 images reach layer3 as maps of 2x2 and layer4 as 2x2, then 1x1, where most taps of
+# a 3x3 kernel only ever meet padding: they change no output and get no gradient.
 
 
-class SmallMapConv(nn.Conv2d):
-    """A convolution for maps so small that part of its kernel only ever meets padding: it keeps the live taps.
+def pixel_major(maps):
+    """(N, C, H, W) -> (N, H W C), without a copy of what is channels_last."""
+    return maps.permute(0, 2, 3, 1).flatten(1)
 
-    On 32x32 images torchvision's layer4 sees maps of 2x2, then 1x1: of its 3x3 taps only the lower-right 2x2, then the
-    centre one, touch the output or get a gradient. The state dict has the full kernel, the dead taps zero.
-    """
 
-    def __init__(self, conv, size):
-        kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-        starts = range(-padding, size + padding - kernel + 1, stride)  # where the kernel begins for each output
-        live = [tap for tap in range(kernel) if any(0 <= start + tap < size for start in starts)]
-        padding = max(0, padding - live[0])
-        super().__init__(conv.in_channels, conv.out_channels, len(live), stride, padding, bias=False)
-        self.size, self.full_size, self.taps = size, kernel, range(live[0], live[-1] + 1)
-        self.weight = nn.Parameter(self.live(conv.weight.detach()).clone())
-        self.register_state_dict_post_hook(self.pad_taps)
-        self.register_load_state_dict_pre_hook(self.cut_taps)
-
-    def live(self, weight):
-        return weight[:, :, self.taps.start : self.taps.stop, self.taps.start : self.taps.stop]
-
-    @staticmethod
-    def pad_taps(self, state, prefix, metadata):
-        before, after = self.taps.start, self.full_size - self.taps.stop
-        state[prefix + "weight"] = F.pad(state[prefix + "weight"], (before, after, before, after))
-
-    @staticmethod
-    def cut_taps(self, state, prefix, *_):
-        if prefix + "weight" in state and state[prefix + "weight"].shape[-1] == self.full_size:
-            state[prefix + "weight"] = self.live(state[prefix + "weight"])
+class WholeMapConv(nn.Conv2d):
+    """A convolution whose kernel is as large as its map: one matrix product."""
 
     def forward(self, maps):
-        if maps.shape[-2:] != (self.size, self.size):
-            raise ValueError(
-                f"this network is built for 32x32 images: a map is {tuple(maps.shape)}, not {self.size} wide"
-            )
-        if not maps.is_cpu:
-            return super().forward(maps)
-        # On a CPU a convolution of so small a map is faster as one matrix product, the whole map -> all outputs: each
-        # output meets the map through as many taps as the map has pixels, which begin at the output's own start.
-        starts = (1, 0) if self.kernel_size == (3, 3) else (0,)  # rows, or columns, of the outputs
-        taps = self.weight.to(maps.dtype).permute(0, 2, 3, 1)  # (C_out, k, k, C_in)
-        taps = torch.stack([taps[:, y : y + self.size, x : x + self.size] for y in starts for x in starts])
-        outputs = F.linear(maps.permute(0, 2, 3, 1).flatten(1), taps.flatten(0, 1).flatten(1))
-        return outputs.unflatten(1, (len(starts), len(starts), -1)).permute(0, 3, 1, 2)
+        outputs = F.linear(pixel_major(maps), pixel_major(self.weight))
+        return outputs[:, :, None, None]
 
 
-def shrink_convolutions(model):
-    """Replace, in place, each 3x3 convolution that 32x32 images reach as a map of 2x2 or 1x1 by a SmallMapConv."""
-    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)}
-    sizes = {}
-    hooks = [
-        m.register_forward_pre_hook(lambda m, inputs: sizes.update({m: inputs[0].shape[-1]})) for m in convs.values()
-    ]
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, 32, 32))
-    for hook in hooks:
-        hook.remove()
-    for name, conv in convs.items():
-        if sizes[conv] <= 2:
-            model.set_submodule(name, SmallMapConv(conv, sizes[conv]))
-    model.train()
+class TwoByTwoConv(nn.Conv2d):
+    """A 3x3 convolution of 2x2 maps: one matrix product, since each output sees each pixel."""
+
+    def forward(self, maps):
+        taps = self.weight.to(maps.dtype).permute(0, 2, 3, 1)
+        kernels = [taps[:, 1 - y : 3 - y, 1 - x : 3 - x] for y in (0, 1) for x in (0, 1)]
+        matrix = torch.stack(kernels).flatten(0, 1).flatten(1)  # (4 C_out, 4 C_in)
+        outputs = F.linear(pixel_major(maps), matrix)
+        outputs = outputs.unflatten(1, (2, 2, -1)).permute(0, 3, 1, 2)
+        return outputs.contiguous(memory_format=memory_format(maps.device))
 
 
-def build_network(num_classes=100, stem=STEM):
-    """Return torchvision's resnet18 for 32x32 images, in channels_last; its state dict is torchvision's.
+LAYER3 = ("layer3.0.conv2", "layer3.1.conv1", "layer3.1.conv2")
+LAYER4 = {  # rows, and columns, of the kernel that meet the map
+    "layer4.0.conv1": slice(1, 3),
+    "layer4.0.conv2": slice(1, 2),
+    "layer4.1.conv1": slice(1, 2),
+    "layer4.1.conv2": slice(1, 2),
+}
 
-    stem: "imagenet", torchvision's own, or "cifar", a 3x3 convolution of stride 1 and no max-pool.
-    """
+
+def build_network(num_classes=100, stem=Config.stem):
+    """Return a resnet18 for images float32 (N, 3, 32, 32), initialised as torchvision's."""
     model = resnet18(num_classes=num_classes)
-    if stem == "cifar":
+    if stem == "cifar":  # its maps are four times as wide
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
-    model.relu, model.maxpool = model.maxpool, model.relu  # the same result, with a quarter of the values to rectify
-    shrink_convolutions(model)
-    return model.to(memory_format=torch.channels_last)
+        return model
+    for name in LAYER3:
+        conv = TwoByTwoConv(256, 256, 3, padding=1, bias=False, device="meta")
+        conv.weight = model.get_submodule(name).weight
+        model.set_submodule(name, conv)
+    for name, live in LAYER4.items():
+        weight = model.get_submodule(name).weight.detach()[:, :, live, live].clone()
+        conv = WholeMapConv(weight.shape[1], 512, weight.shape[2], bias=False, device="meta")
+        conv.weight = nn.Parameter(weight)
+        model.set_submodule(name, conv)
+    return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def to_torchvision(model):
+    """The state dict of torchvision's resnet18, on the CPU; the taps left out are zero."""
+    state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    for name, live in LAYER4.items():
+        weight = state[f"{name}.weight"]
+        if isinstance(model.get_submodule(name), WholeMapConv):
+            state[f"{name}.weight"] = weight.new_zeros(*weight.shape[:2], 3, 3)
+            state[f"{name}.weight"][:, :, live, live] = weight
+    return state
+
+
+def from_torchvision(model, state):
+    """Load a state dict of torchvision's resnet18, strictly, into one of build_network's."""
+    state = dict(state)
+    for name, live in LAYER4.items():
+        if isinstance(model.get_submodule(name), WholeMapConv):
+            state[f"{name}.weight"] = state[f"{name}.weight"][:, :, live, live]
+    model.load_state_dict(state)
+
+
+def load_network(path):
+    """Return the network of a checkpoint, in eval mode on the CPU, or raise InputError.
+
+    Stem and number of classes, `model.fc.out_features`, are those of the file.
+    """
+    path = ood_utils.checkpoint_path(path)
+    state = load_file(path)
+    try:
+        stem = "cifar" if state["conv1.weight"].shape[-1] == 3 else "imagenet"
+        model = build_network(len(state["fc.weight"]), stem)
+        from_torchvision(model, state)
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error)[:200]
+        raise InputError(f"{path} is not a ResNet-18 of `python train.py`: {reason}") from error
+    if not all(value.isfinite().all() for value in state.values()):
+        raise InputError(f"{path} has weights that are not finite: train with a lower --lr.")
+    return model.eval()
+
+
+# ----------------------------------------------------------------------------------------
 # Training
 
 
-def build_optimizer(model, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY):
-    return torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, fused=True)
+def learning_rate(config, epoch):
+    """The learning rate of an epoch, counted from 0."""
+    passed = [fraction for fraction in config.milestones if epoch / config.epochs >= fraction]
+    return config.lr * config.gamma ** len(passed)
 
 
-def train_step(model, optimizer, images, labels, weight=1.0):
-    """One SGD step on float32 images (N, 3, 32, 32) and labels (N,); return weight x mean loss, still on the device.
+def build_optimizer(model, config):
+    weight_decay = config.weight_decay
+    parameters = model.parameters()
+    return torch.optim.SGD(
+        parameters, config.lr, config.momentum, weight_decay=weight_decay, fused=True
+    )
 
-    weight: this process's share of the images of the step times the number of processes, whose gradients are averaged.
-    """
-    with autocast(images.device):
-        loss = F.cross_entropy(model(images), labels) * weight
+
+def train_step(model, optimizer, images, labels, precision="float32"):
+    """One SGD step on images (N, 3, 32, 32) and labels (N,); return the mean loss, on device."""
+    device = images.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+        loss = F.cross_entropy(model(images), labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     return loss.detach()
 
 
-def train_epoch(network, optimizer, loader, title):
-    """One pass over the loader; return the mean loss of every step over all processes, float32 (steps,) on the CPU."""
-    losses = []
-    for images, labels in tqdm(loader, title, leave=False, disable=True if loader.rank else None):
-        batch_size = min(loader.batch_size, len(loader.images) - len(losses) * loader.batch_size)
-        losses.append(train_step(network, optimizer, images, labels, loader.ranks * len(labels) / batch_size))
-    losses = torch.stack(losses)  # read once per epoch: reading each would make the device wait
-    if loader.ranks > 1:
-        dist.all_reduce(losses)
-    return losses.cpu() / loader.ranks
+def train_epoch(network, optimizer, loader, precision="float32"):
+    """One pass over the loader; return every step's loss, a mean over all images of its batch.
 
-
-def check_config(config):
-    """Raise InputError for a hyperparameter out of its range."""
-    for name in ("epochs", "batch_size", "lr", "gamma"):
-        if not 0 < config[name] < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} must be greater than 0, not {config[name]}.")
-    for name in ("momentum", "weight_decay", "seed"):
-        if not 0 <= config[name] < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} must be 0 or greater, not {config[name]}.")
-    if not all(0 < milestone < 1 for milestone in config["milestones"]):
-        raise InputError(f"--milestones must lie between 0 and 1, the whole run, not {config['milestones']}.")
-    if config["stem"] not in ("imagenet", "cifar"):
-        raise InputError(f"Unknown stem {config['stem']!r}: use imagenet or cifar.")
-
-
-def train_model(
-    dataset: str = DATASET,
-    data_root: str = DATA_ROOT,
-    checkpoint: str | None = None,
-    epochs: int = EPOCHS,
-    batch_size: int = BATCH_SIZE,
-    lr: float = LR,
-    momentum: float = MOMENTUM,
-    weight_decay: float = WEIGHT_DECAY,
-    milestones: tuple[float, ...] = MILESTONES,
-    gamma: float = GAMMA,
-    stem: str = STEM,
-    seed: int = SEED,
-    device: str | None = None,
-    resume: bool = False,
-):
-    """Train a ResNet-18 on a closed set and write its checkpoint; the last epoch is the result.
-
-    Returns the network. Raises InputError, OSError, or FloatingPointError when the loss is no longer finite.
-
-    Args:
-        dataset: cifar100, cifar10, digits, or a folder with train/<class>/ and test/<class>/.
-        data_root: Where torchvision's data sets lie, or are downloaded to.
-        checkpoint: File to write; <dataset>_resnet18.pth by default.
-        epochs: Passes over the training images.
-        batch_size: Images per step.
-        lr: Learning rate before the first milestone.
-        milestones: Fractions of the run after which the learning rate is multiplied by gamma.
-        gamma: Factor at a milestone.
-        stem: imagenet (7x7 stride 2, max-pool) or cifar (3x3 stride 1).
-        seed: Of weights, order and augmentation.
-        device: cuda, mps or cpu; by default the first of them that is there.
-        resume: Go on with the unfinished run of this checkpoint.
+    float32 (steps,), on the CPU: read once an epoch, since each reading makes the device wait.
     """
-    config = dict(dataset=dataset, epochs=epochs, batch_size=batch_size, lr=lr, momentum=momentum)
-    config |= dict(weight_decay=weight_decay, milestones=list(milestones), gamma=gamma, stem=stem, seed=seed)
-    check_config(config)
-    path = checkpoint_path(checkpoint, dataset)
-    state_path, log_path = path.with_suffix(".resume.pth"), path.with_suffix(".json")
-    device, note = pick_device(device)
-    device = join_ranks(device)
-    rank, ranks = get_ranks()
-    say = print if rank == 0 else lambda line, file=None: None
-    say(note)
-    for file in (path, state_path, log_path):
-        on_rank_0(check_writable, file)
-    train_loader = get_loader(True, dataset, data_root, batch_size, seed, device)
-    test_loader = get_loader(False, dataset, data_root, device=device)
-    count = config["images"] = len(train_loader.images)
-    if (least := (count % batch_size or batch_size) // ranks) < 2:
-        parts = f"{count} images in batches of {batch_size}" + (f" over {ranks} processes" if ranks > 1 else "")
-        raise InputError(f"{parts} leave a batch of {least}, too few for batch norm: change --batch-size.")
+    hidden = True if loader.rank > 0 else None  # None: shown on a terminal
+    losses = []
+    for images, labels in tqdm(loader, f"epoch {loader.epoch + 1}", leave=False, disable=hidden):
+        losses.append(train_step(network, optimizer, images, labels, precision))
+    losses = mean_over_processes(torch.stack(losses)).cpu()
+    bad = losses[~losses.isfinite()]
+    if len(bad):
+        step = losses.isfinite().int().argmin() + 1
+        where = f"epoch {loader.epoch}, step {step}"
+        raise FloatingPointError(f"The loss is {bad[0]} at {where}: lower --lr. {KEPT}")
+    return losses
 
-    torch.manual_seed(seed)
-    model = build_network(len(train_loader.classes), stem).to(device)
-    optimizer = build_optimizer(model, lr, momentum, weight_decay)
-    history, found = [], on_rank_0(state_path.exists)
-    if resume and found:
-        history = load_state(state_path, config, model, optimizer)
-        say(f"resuming after epoch {len(history)} of {epochs}")
-    elif resume:
-        say(f"no unfinished run at {state_path}: starting")
-    elif found:
-        say(f"starting over: the first save replaces {state_path}, which --resume would continue")
-    network = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
 
-    saved, saved_time = len(history), time.monotonic()
-    try:
-        for epoch in range(len(history), epochs):
+def get_accuracy(model, loader):
+    """Share of a set's images that the network classifies correctly."""
+    logits, labels = ood_utils.get_logits(model, loader)
+    if not logits.isfinite().all():
+        raise FloatingPointError(f"The logits of test images are not finite: lower --lr. {KEPT}")
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
+def train_model(config=None):
+    """Train a ResNet-18 on a closed set and write its checkpoint: the last epoch is the result.
+
+    config: a Config, by default the published recipe. Returns the network. Raises InputError,
+    OSError, or FloatingPointError when the loss is no longer finite.
+    """
+    config = config or Config()
+    check_settings(config)
+    path = ood_utils.checkpoint_path(config.checkpoint, config.dataset)
+    with process_group(), only_run_of(path):
+        device = process_device(config.device)
+        data = (config.dataset, config.data_root)
+        train_loader = get_loader(True, *data, config.batch_size, config.seed, device)
+        test_loader = get_loader(False, *data, device=device)
+        check_batches(train_loader)
+        log = start_log(config, device, train_loader)
+        precision = log["config"]["precision"]
+
+        torch.manual_seed(config.seed)
+        model = build_network(len(train_loader.classes), config.stem)
+        model.to(device, memory_format=memory_format(device))
+        optimizer = build_optimizer(model, config)
+        if train_loader.rank == 0:
+            resume(path, log, model, optimizer)
+        network = join_processes(log, model, optimizer)
+
+        saved = time.monotonic()
+        for epoch in range(len(log["epochs"]), config.epochs):
             start = time.perf_counter()
-            # epoch / epochs is rounded as the literal 0.75 is, so that no milestone comes an epoch late
-            epoch_lr = lr * gamma ** sum(epoch / epochs >= milestone for milestone in milestones)
+            lr = learning_rate(config, epoch)
             for group in optimizer.param_groups:
-                group["lr"] = epoch_lr
+                group["lr"] = lr
             train_loader.epoch = epoch
-            losses = train_epoch(network, optimizer, train_loader, f"epoch {epoch + 1}/{epochs}")
-            where = f"lr {epoch_lr:g}; epoch {saved} is kept: lower --lr"
-            if bad := (~losses.isfinite()).nonzero().flatten().tolist():
-                raise FloatingPointError(
-                    f"The loss is {losses[bad[0]]} at epoch {epoch + 1}, step {bad[0] + 1}, {where}."
-                )
-            train_seconds = time.perf_counter() - start
-            if rank > 0:
-                continue
-            logits, labels = get_logits(model, test_loader)
-            if not logits.isfinite().all():
-                raise FloatingPointError(f"Logits are not finite after epoch {epoch + 1}, step {len(losses)}, {where}.")
-            accuracy = (logits.argmax(1) == labels).double().mean().item()
-            figures = dict(epoch=epoch + 1, loss=losses.mean().item(), test_accuracy=accuracy, lr=epoch_lr)
-            history = [*history, figures | dict(seconds=time.perf_counter() - start)]
-            say(
-                f"epoch {epoch + 1:3d}/{epochs}  loss {figures['loss']:.4f}  test accuracy {100 * accuracy:.2f}%  "
-                f"lr {epoch_lr:g}  {history[-1]['seconds']:.1f} s  {count / train_seconds:.0f} images/s"
-            )
-            last = epoch + 1 == epochs
-            if last or time.monotonic() - saved_time >= SAVE_SECONDS:
-                write_file(path, model.state_dict())
-                log = dict(config=config, **describe(device), epochs=history)
-                write_file(log_path, json.dumps(log, indent=1).encode())
-                if not last:
-                    state = dict(config=config, history=history, model=model.state_dict())
-                    write_file(state_path, state | dict(optimizer=optimizer.state_dict()))
-                saved, saved_time = epoch + 1, time.monotonic()
-    except KeyboardInterrupt:
-        safe = f"epoch {saved} is safe on disk; --resume goes on from there" if saved else "no epoch was saved yet"
-        say(f"\ninterrupted: {safe}", file=sys.stderr)
-        raise
-    if rank == 0:
-        state_path.unlink(missing_ok=True)
-    say(f"wrote {path}")
-    if ranks > 1:
-        dist.destroy_process_group()
+            losses = train_epoch(network, optimizer, train_loader, precision)
+            rate = len(train_loader.images) / (time.perf_counter() - start)
+            if train_loader.rank > 0:
+                continue  # the first process tests, says and saves
+
+            figures = {"epoch": epoch + 1, "loss": losses.mean().item()}
+            figures["test_accuracy"] = get_accuracy(model, test_loader)
+            figures["lr"] = lr
+            figures["seconds"] = time.perf_counter() - start
+            log["epochs"].append(figures)
+            say_epoch(figures, config.epochs, rate)
+            if epoch + 1 == config.epochs or time.monotonic() - saved >= SAVE_SECONDS:
+                save(path, log, model, optimizer)
+                saved = time.monotonic()
     return model
 
 
+def say_epoch(figures, epochs, rate):
+    print(
+        f"epoch {figures['epoch']:3d}/{epochs}  loss {figures['loss']:.4f}  "
+        f"test accuracy {100 * figures['test_accuracy']:.2f}%  lr {figures['lr']:g}  "
+        f"{figures['seconds']:.1f} s  {rate:.0f} images/s"
+    )
+
+
+# ----------------------------------------------------------------------------------------
+# What is refused
+
+
+def check_settings(config):
+    """Raise InputError for a number out of its range."""
+    zero_is_fine = ("momentum", "weight_decay", "seed")
+    for name in ("epochs", "batch_size", "lr", "gamma", *zero_is_fine):
+        value = getattr(config, name)
+        if not 0 <= value < math.inf or (value == 0 and name not in zero_is_fine):
+            raise InputError(f"--{name.replace('_', '-')} {value} is out of range.")
+    if not all(0 < milestone < 1 for milestone in config.milestones):
+        given = " ".join(f"{milestone:g}" for milestone in config.milestones)
+        fractions = " ".join(f"{milestone / config.epochs:g}" for milestone in config.milestones)
+        raise InputError(
+            f"--milestones {given} must lie between 0 and 1, fractions of the run: for epochs "
+            f"{given} of {config.epochs} pass --milestones {fractions}."
+        )
+
+
+def check_batches(loader):
+    """Raise InputError where a batch does not split into equal shares of 2 images or more."""
+    count, size, processes = len(loader.images), loader.batch_size, loader.processes
+    share = (count % size or size) // processes
+    if size % processes or share < 2:
+        raise InputError(
+            f"{count} images in batches of {size} over {processes} processes leave a batch of "
+            f"{share}, too few for batch norm, or unequal shares: change --batch-size."
+        )
+
+
+# ----------------------------------------------------------------------------------------
+# Files: checkpoint X.pth, log X.json, and X.resume.pth while the run is unfinished
+
+
+def log_path(path):
+    return path.with_suffix(".json")
+
+
+def state_path(path):
+    return path.with_suffix(".resume.pth")
+
+
+def load_file(path):
+    """Load what torch.save wrote, tensors and plain data alone: nothing in it is executed."""
+    if not path.is_file():
+        raise InputError(f"No checkpoint at {path}. Run `python train.py` first, or pass another.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error)[:100]
+        raise InputError(
+            f"{path} is damaged, or holds code: it was not loaded ({reason})."
+        ) from error
+
+
+def read_log(path):
+    """Return the log beside a checkpoint, None where there is none; raise InputError."""
+    if not log_path(path).exists():
+        return None
+    try:
+        log = json.loads(log_path(path).read_text())
+        log["finished"] = len(log["epochs"]) == log["config"]["epochs"]
+        return log
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{log_path(path)} is not the log of a run: remove it.") from error
+
+
+def start_log(config, device, loader):
+    """Return the log of a run without epochs, and say in a line what it runs on."""
+    settings = asdict(config)
+    settings["milestones"] = list(config.milestones)
+    settings["precision"] = pick_precision(config.precision, device)
+    log = {"config": settings, "images": len(loader.images), "classes": list(loader.classes)}
+    log |= ood_utils.describe(device)
+    log["processes"] = loader.processes
+    log["epochs"] = []
+    if loader.rank == 0:
+        print(f"device: {log['device']}, {settings['precision']}, processes: {loader.processes}")
+    return log
+
+
+def save(path, log, model, optimizer):
+    """Write checkpoint and log, and until the last epoch what --resume needs; each file whole."""
+    weights = to_torchvision(model)
+    ood_utils.write_file(path, weights)
+    ood_utils.write_file(log_path(path), json.dumps(log, indent=1).encode())
+    if len(log["epochs"]) < log["config"]["epochs"]:
+        state = {"log": log, "model": weights, "optimizer": optimizer.state_dict()}
+        ood_utils.write_file(state_path(path), state)
+    else:
+        state_path(path).unlink(missing_ok=True)
+        print(f"wrote {path}")
+
+
+def resume(path, log, model, optimizer):
+    """Where --resume asks for it, put a run into log, model and optimizer, and say so."""
+    state = state_path(path)
+    done = read_log(path)
+    if not log["config"]["resume"]:
+        if state.exists():
+            print(f"starting over: the first save replaces {state}, which --resume continues")
+    elif state.exists():
+        load_state(state, load_file(state), log, model, optimizer)
+        print(f"resuming after epoch {len(log['epochs'])} of {log['config']['epochs']}")
+    elif done and done["finished"] and path.exists():
+        load_state(path, {"log": done, "model": load_file(path)}, log, model)
+        print(f"finished: {path} has all {len(log['epochs'])} epochs")
+    else:
+        print(f"no unfinished run at {state}: starting")
+
+
+def load_state(path, state, log, model, optimizer=None):
+    """Load a run that was saved, or raise InputError if its settings are others."""
+    try:
+        saved = {**state["log"]["config"], "images": state["log"]["images"]}
+        epochs = state["log"]["epochs"]
+        settings = {**log["config"], "images": log["images"]}
+        for name in ("data_root", "checkpoint", "device", "resume"):  # no figure depends on these
+            settings.pop(name)
+        changed = [
+            f"{name} {saved.get(name)} -> {value}"
+            for name, value in settings.items()
+            if saved.get(name) != value
+        ]
+        if not changed:
+            from_torchvision(model, state["model"])
+            if optimizer:
+                optimizer.load_state_dict(state["optimizer"])
+            log["epochs"] = epochs
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path} is not the state of a run: start without --resume.") from error
+    if changed:
+        raise InputError(
+            f"{path} is of a run with other settings: {', '.join(changed)}. Pass the former, or "
+            "start over without --resume."
+        )
+
+
+def interruption(config):
+    """What to say of an interrupted run."""
+    state = state_path(ood_utils.checkpoint_path(config.checkpoint, config.dataset))
+    if not state.exists():
+        return "\ninterrupted: no epoch was saved yet"
+    epochs = load_file(state)["log"]["epochs"]
+    return f"\ninterrupted: epoch {len(epochs)} is safe on disk, --resume goes on from there"
+
+
+@contextlib.contextmanager
+def only_run_of(path):
+    """Hold a lock that dies with this process, and clear what a killed run left behind."""
+    if get_ranks()[0] > 0:
+        yield
+        return
+    ood_utils.check_writable(path.parent, "--checkpoint")
+    lock = path.with_suffix(".lock")
+    try:
+        with filelock.FileLock(lock, blocking=False):
+            for file in (path, log_path(path), state_path(path)):
+                for left in path.parent.glob(f"{glob.escape(file.name)}.{'?' * 32}.tmp"):
+                    left.unlink()
+            try:
+                yield
+            finally:
+                lock.unlink()
+    except filelock.Timeout as error:
+        raise InputError(f"Another run is writing {path}: pass another --checkpoint.") from error
+
+
+# ----------------------------------------------------------------------------------------
+# Device, precision, and several processes, which torchrun starts
+
+
+def pick_precision(precision, device):
+    """ "auto" is bfloat16 where the device multiplies it natively, else float32."""
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        native = able.get("avx512_bf16", False) or able.get("bf16", False)  # x86, ARM
+    auto = "bfloat16" if native else "float32"
+    return auto if precision == "auto" else precision
+
+
+@contextlib.contextmanager
+def process_group():
+    """Meet the other processes, and part from them on every path."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    patience = datetime.timedelta(days=1)  # one process may read, or download, for hours
+    dist.init_process_group(backend, timeout=patience)
+    try:
+        yield
+    except BaseException:
+        first_to_fail()  # before the others notice
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def get_ranks():
+    """(rank of this process, number of processes)."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def process_device(name):
+    """pick_device(name); of several processes each takes the GPU of its number."""
+    if dist.is_initialized() and name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
+    device = ood_utils.pick_device(name)
+    if dist.is_initialized() and device.type == "mps":
+        raise InputError("torchrun does not work on MPS: run `python train.py`.")
+    return device
+
+
+def first_on_each_machine(read, *args):
+    """read(*args), by one process of each machine before the others: it may have to download."""
+    waits = dist.is_initialized() and os.environ["LOCAL_RANK"] != "0"
+    if not waits:
+        result = read(*args)
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))  # a barrier on the CPU
+    return read(*args) if waits else result
+
+
+def join_processes(log, model, optimizer):
+    """Give all processes the first one's state; return the network that averages gradients."""
+    if not dist.is_initialized():
+        return model
+    epochs = [log["epochs"]]
+    dist.broadcast_object_list(epochs)
+    log["epochs"] = epochs[0]
+    if log["epochs"]:
+        for parameter in model.parameters():
+            state = optimizer.state[parameter]
+            momentum = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+            dist.broadcast(momentum, 0)
+    # It shares the weights itself. Batch norm's statistics stay each process's own.
+    with warnings.catch_warnings(action="ignore"):  # torch 2.14 has another name for it
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def mean_over_processes(losses):
+    if dist.is_initialized():
+        dist.all_reduce(losses)
+    return losses / get_ranks()[1]
+
+
+@functools.cache
+def first_to_fail():
+    """Whether no other process of this run failed before: theirs is the error to tell."""
+    if not dist.is_torchelastic_launched():
+        return True
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=5))
+    return store.add(f"failures of start {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+
+
 if __name__ == "__main__":
-    run_command(train_model)
+    ood_utils.run_command(train_model, Config, interruption, first_to_fail)

@@ -1,8 +1,10 @@
-"""What the tests share: the command lines as a user starts them, and small data sets in the formats users have."""
+"""What the tests share: the command lines as a user starts them, and small data sets."""
 
+import hashlib
 import io
 import pickle
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -17,9 +19,19 @@ import train
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def on_the_cpu():
+    """A GPU beside it changes nothing: the same run has the same bits on a CPU alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.backends.mps, "is_available", lambda: False)
+        yield
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """command("train.py", "--epochs", 0) runs the script as __main__; returns (exit status, stdout, stderr)."""
+    """command("train.py", "--epochs", 0) runs the script as __main__; (status, stdout, stderr)."""
+    handler = signal.getsignal(signal.SIGINT)
 
     def run(script, *flags):
         monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
@@ -30,7 +42,8 @@ def command(monkeypatch, capsys):
             status = stop.code or 0
         return status, *capsys.readouterr()
 
-    return run
+    yield run
+    signal.signal(signal.SIGINT, handler)
 
 
 def write_images(folder, count, seed=0, size=(40, 34)):
@@ -38,7 +51,8 @@ def write_images(folder, count, seed=0, size=(40, 34)):
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
+        pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
 
 
 def write_class_folder(folder):
@@ -54,9 +68,14 @@ def class_folder(tmp_path):
     return write_class_folder(tmp_path / "pets")
 
 
+def small_config(folder, checkpoint, **options):
+    """Four epochs of two steps each; on the CPU, where the same run has the same bits."""
+    options = {"epochs": 4, "batch_size": 12, "lr": 0.02, "device": "cpu"} | options
+    return train.Config(dataset=str(folder), checkpoint=str(checkpoint), **options)
+
+
 def train_quietly(folder, checkpoint, **options):
-    options = dict(epochs=4, batch_size=5, lr=0.02, device="cpu") | options
-    return train.train_model(dataset=str(folder), checkpoint=str(checkpoint), **options)
+    return train.train_model(small_config(folder, checkpoint, **options))
 
 
 def same_bits(path, other):
@@ -83,34 +102,33 @@ def cut_run(tmp_path_factory):
     write_class_folder(folder / "pets")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "SAVE_SECONDS", 0)
-        interrupt_after(patch, 7)
+        interrupt_after(patch, 3)
         train_quietly(folder / "pets", folder / "cut.pth")
     return folder / "pets", folder / "cut.pth", folder / "cut.resume.pth"
 
 
 def md5_of(path):
-    import hashlib
-
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture
 def cifar100_files(tmp_path, monkeypatch):
-    """(data root, train images, train labels) of a CIFAR-100 of 40 training and 20 test images, in its own format."""
+    """(data root, train images, train labels) of a small CIFAR-100 in its own format."""
     folder = tmp_path / "data/cifar-100-python"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for split, count in (("train", 40), ("test", 20)):
+    for split, count in (("test", 20), ("train", 40)):
         images = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
         labels = (np.arange(count) % 100).tolist()
         (folder / split).write_bytes(pickle.dumps({"data": images, "fine_labels": labels}))
-        if split == "train":
-            expected = images.reshape(-1, 3, 32, 32), labels
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]}))
-    monkeypatch.setattr(datasets.CIFAR100, "train_list", [["train", md5_of(folder / "train")]])
-    monkeypatch.setattr(datasets.CIFAR100, "test_list", [["test", md5_of(folder / "test")]])
-    monkeypatch.setattr(datasets.CIFAR100, "meta", {**datasets.CIFAR100.meta, "md5": md5_of(folder / "meta")})
-    return tmp_path / "data", *expected
+    names = [f"class {i}" for i in range(100)]
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
+    meta = {**datasets.CIFAR100.meta, "md5": md5_of(folder / "meta")}
+    monkeypatch.setattr(datasets.CIFAR100, "meta", meta)
+    for split in ("train", "test"):
+        files = [[split, md5_of(folder / split)]]
+        monkeypatch.setattr(datasets.CIFAR100, f"{split}_list", files)
+    return tmp_path / "data", images.reshape(-1, 3, 32, 32), labels
 
 
 @pytest.fixture

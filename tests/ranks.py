@@ -1,25 +1,29 @@
-"""A run under torchrun in which order of summation is all that can differ between one process and several.
+"""train.py under torchrun with one thing made to happen.
 
-torchrun --nproc-per-node=2 tests/ranks.py '{"dataset": ..., ...}'    # the last rank is killed in the second epoch
+torchrun --nproc-per-node=2 tests/ranks.py WHAT --dataset ...
+
+exact       float64, batch norm by its running statistics: only the order of sums can differ
+die, full   in its fifth step the second process is killed, or is out of memory
+slow        every step takes a while
 """
 
-import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ood_utils
 import train
-from ood_utils import run_command
 
-build_network = train.build_network
+build_network, train_step = train.build_network, train.train_step
+train.SAVE_SECONDS = 0
 
 
 def exact_network(num_classes, stem):
-    """In float64, with batch norm that always uses its running statistics."""
     model = build_network(num_classes, stem).double()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -29,14 +33,21 @@ def exact_network(num_classes, stem):
     return model
 
 
-def die_in_the_second_epoch(*args, step=train.train_step, seen=[]):  # noqa: B006
-    seen.append(None)
-    if len(seen) == 8 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(*args)
+def eventful_step(what, *args, steps=[]):  # noqa: B006
+    steps.append(None)
+    if len(steps) == 5 and os.environ["RANK"] == "1":
+        if what == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "full":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if what == "slow":
+        time.sleep(0.1)
+    return train_step(*args)
 
 
 if __name__ == "__main__":
-    options = json.loads(sys.argv.pop())
-    train.build_network, train.train_step, train.SAVE_SECONDS = exact_network, die_in_the_second_epoch, 0
-    run_command(lambda: train.train_model(**options))
+    what = sys.argv.pop(1)
+    if what in ("exact", "die"):
+        train.build_network = exact_network
+    train.train_step = lambda *args: eventful_step(what, *args)
+    ood_utils.run_command(train.train_model, train.Config, train.interruption, train.first_to_fail)
