@@ -66,7 +66,7 @@ def statistics(device):
 def normalise(images):
     """uint8 (N, 3, H, W) -> float32: to [0, 1], minus MEAN, over STD, torchvision's bits."""
     mean, std = statistics(images.device)
-    return images.float().div_(255).sub_(mean).div_(std)
+    return (images / 255).sub_(mean).div_(std)
 
 
 @dataclass
@@ -101,18 +101,16 @@ class ImageLoader:
         rng = np.random.default_rng((self.seed, self.epoch))
         self.epoch += 1
         order = rng.permutation(count) if self.shuffle else np.arange(count)
-        order = torch.from_numpy(order).to(device)
         draws = torch.from_numpy(rng.random((count, 3), dtype=np.float32)).to(device)
-        for start in range(0, count, self.batch_size):
-            size = min(self.batch_size, count - start)
-            shared = size - size % self.processes
-            share = slice(start + self.rank, start + shared, self.processes)
-            images = self.images[order[share]]
+        for batch in torch.from_numpy(order).to(device).split(self.batch_size):
+            shared = len(batch) - len(batch) % self.processes
+            batch = batch[self.rank : shared : self.processes]
+            images = self.images[batch]
             if self.augment:
-                images = self.augment(images, draws[share])
+                images = self.augment(images, draws[batch])
             if images.dtype == torch.uint8:
                 images = normalise(images)
-            yield images, self.labels[order[share]]
+            yield images, self.labels[batch]
 
 
 # ----------------------------------------------------------------------------------------
@@ -265,8 +263,9 @@ def blob(rng, count):
     return values.transpose(0, 3, 1, 2) * 2 - 1
 
 
-def read_svhn(root):
-    return torch.from_numpy(fetch(datasets.SVHN, Path(root) / "svhn", split="test").data)
+def read_svhn(root, count):
+    data = fetch(datasets.SVHN, Path(root) / "svhn", split="test")
+    return torch.from_numpy(data.data[:count])
 
 
 def read_textures(root, count):
@@ -300,7 +299,7 @@ def read_folder(folder, count):
 NOISES = {"gaussian": gaussian, "rademacher": rademacher, "blob": blob}
 # name: (data root, count) -> uint8 (count or fewer, 3, 32, 32), the first of the test split
 OOD_IMAGES = {
-    "svhn": lambda root, count: read_svhn(root)[:count],
+    "svhn": read_svhn,
     "cifar10": lambda root, count: read_cifar(datasets.CIFAR10, root, False)[0][:count],
     "cifar100": lambda root, count: read_cifar(datasets.CIFAR100, root, False)[0][:count],
     "textures": read_textures,
@@ -310,17 +309,14 @@ OOD_IMAGES = {
 OOD_SET_NAMES = f"{', '.join([*NOISES, *OOD_IMAGES])}, or a folder of images"
 
 
-def check_ood_type(name, dataset=""):
+def check_ood_type(name, dataset=None):
     """Raise InputError unless `name` is an OOD set, or a folder, and not the closed set."""
-    folder, closed = Path(name).expanduser().resolve(), Path(dataset).expanduser().resolve()
-    if name in NOISES or name in OOD_IMAGES:
-        overlap = name == dataset
-    elif folder.is_dir():
-        own = dataset and dataset not in CLOSED_SETS
-        overlap = own and (folder.is_relative_to(closed) or closed.is_relative_to(folder))
-    else:
+    folder = Path(name).expanduser().resolve()
+    if name not in NOISES and name not in OOD_IMAGES and not folder.is_dir():
         raise InputError(f"Unknown OOD type {name!r}: use {OOD_SET_NAMES}.")
-    if overlap:
+    closed = Path(dataset or "/").expanduser().resolve()
+    inside = folder.is_relative_to(closed) or closed.is_relative_to(folder)
+    if name == dataset or (inside and closed.is_dir() and dataset):
         raise InputError(f"OOD type {name!r} is, or holds, the closed set itself: leave it out.")
 
 

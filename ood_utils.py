@@ -64,6 +64,12 @@ def gen(logits, gamma=0.1, top=100):
 SCORES = {"msp": msp, "max_logit": max_logit, "energy": energy, "entropy": entropy, "gen": gen}
 
 
+def without_tf32():
+    """By default cuDNN rounds the inputs of float32 convolutions to TF32's 10 bits."""
+    own = torch.backends.cudnn
+    return own.flags(own.enabled, own.benchmark, deterministic=own.deterministic, allow_tf32=False)
+
+
 @torch.no_grad()
 def get_logits(model, dataloader):
     """Return logits float32 (N, classes) and labels int64 (N,), on the CPU.
@@ -75,12 +81,13 @@ def get_logits(model, dataloader):
     was_training = model.training
     model.eval()
     logits, labels = [], []
-    # By default cuDNN rounds the inputs of float32 convolutions to TF32's 10 bits.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    try:
         for batch in tqdm(dataloader, "scoring", delay=1, leave=False, disable=None):
-            logits.append(model(batch[0].to(device)).cpu())
+            with without_tf32():
+                logits.append(model(batch[0].to(device)).cpu())
             labels.append(batch[1].cpu())
-    model.train(was_training)
+    finally:
+        model.train(was_training)
     if not logits:
         raise InputError("The data loader yields no batch.")
     return torch.cat(logits), torch.cat(labels)
@@ -131,9 +138,8 @@ def as_scores(scores, group):
 
 def get_threshold(scores):
     """The score at or above which 95% of the scores (N,) of the closed set lie."""
-    scores = np.sort(as_scores(scores, "positive"))[::-1]
-    share = np.arange(1, len(scores) + 1) / len(scores)
-    return float(scores[np.argmax(share >= RECALL_LEVEL)])
+    scores = as_scores(scores, "positive")
+    return float(-np.quantile(-scores, RECALL_LEVEL, method="inverted_cdf"))
 
 
 def get_performance(pos, neg):
@@ -212,7 +218,7 @@ def checkpoint_path(checkpoint, dataset=""):
     """The given path, or <dataset>_resnet18.pth; InputError if it can be no checkpoint's."""
     name = Path(dataset).expanduser().resolve().name
     path = Path(checkpoint or f"{name}_resnet18.pth").expanduser()
-    if path.is_dir() or path.suffix == ".json":  # the log goes to <stem>.json
+    if path.is_dir() or path.suffix not in (".pth", ".pt"):  # the log goes to <stem>.json
         raise InputError(f"{path} cannot be a checkpoint: pass a file such as resnet18.pth.")
     return path
 
@@ -243,19 +249,17 @@ def write_file(path, content):
 
 
 def pick_device(name=None):
-    """torch.device(name), by default CUDA, else MPS, else the CPU; InputError if unusable."""
-    if name is None:
-        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        name = next((kind for kind in there if there[kind]), "cpu")
+    """torch.device(name), by default that of a GPU if there is one; InputError if unusable."""
+    device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        torch.ones(1, device=name).add(1).item()  # some builds have no kernels for some GPUs
+        torch.ones(1, device=device).add(1).item()  # some builds have no kernels for some GPUs
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"Device {name!r} cannot be used ({reason}): pass --device cpu, or install a build "
+            f"Device '{device}' cannot be used ({reason}): pass --device cpu, or install a build "
             "of torch that supports it."
         ) from error
-    return torch.device(name)
+    return torch.device(device)
 
 
 def describe(device):
@@ -267,7 +271,7 @@ def describe(device):
     return {"device": f"{device.type} ({name}), {threads}", "versions": versions}
 
 
-def run_command(entry, config_class, interrupted=lambda config: "interrupted", speaks=lambda: True):
+def run_command(entry, config_class, speaks=lambda: True):
     """Call entry(config) with the settings of the command line and return its result.
 
     What the user can mend ends in one line on stderr and status 2, a loss that is not finite
@@ -277,12 +281,12 @@ def run_command(entry, config_class, interrupted=lambda config: "interrupted", s
     config = tyro.cli(config_class, console_outputs=os.environ.get("RANK", "0") == "0")
     try:
         return entry(config)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another one
-        message, status = interrupted(config), 130
     except BrokenPipeError:  # python test.py | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another one
+        message, status = "\ninterrupted: what was saved is kept", 130
     except Exception as error:
         message, status = explain(error)
     if speaks():

@@ -73,14 +73,6 @@ PUBLISHED = {
 # Load
 
 
-def pick_dataset(config, paths):
-    """The closed set: what --dataset says, else what the log of the first checkpoint says."""
-    log = train.read_log(paths[0])
-    if config.dataset is None and log:
-        return log["config"]["dataset"]
-    return config.dataset or ood_data.DATASET
-
-
 def check_closed_set(path, model, dataset):
     """Raise InputError, before anything is read, if the checkpoint is of another closed set."""
     log = train.read_log(path)
@@ -90,8 +82,7 @@ def check_closed_set(path, model, dataset):
         same = log is None or log["config"]["dataset"] == dataset
     elif folder.is_dir():
         classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-        count = len(classes)
-        same = log is None or log.get("classes") == classes
+        count, same = len(classes), log is None or log.get("classes") == classes
     else:
         raise InputError(f"Unknown data set {dataset!r}: use {ood_data.CLOSED_SET_NAMES}.")
     if not same or count != model.fc.out_features:
@@ -105,13 +96,13 @@ def check_closed_set(path, model, dataset):
 
 
 def name_sets(ood_types, dataset):
-    """Return {name: OOD type}; a folder's set is named by the folder."""
+    """Return {name: OOD type}; the set of a folder has the folder's name."""
     sets = {}
+    known = [CLOSED, *ood_data.NOISES, *ood_data.OOD_IMAGES]
     for ood_type in dict.fromkeys(ood_types):
         ood_data.check_ood_type(ood_type, dataset)
-        known = ood_type in ood_data.NOISES or ood_type in ood_data.OOD_IMAGES
-        name = ood_type if known else Path(ood_type).expanduser().resolve().name
-        if name in sets or name == CLOSED:
+        name = ood_type if ood_type in known else Path(ood_type).expanduser().resolve().name
+        if name in sets or (name in known and name != ood_type):
             raise InputError(f"Two sets would be named {name!r}: rename the folder {ood_type}.")
         sets[name] = ood_type
     return sets
@@ -393,7 +384,8 @@ def draw(results, scores, loaders):
     columns = 1 if len(scores) <= 3 else 2
     lines = -(-len(scores) // columns)
     size = (11, max(3.8, 1.3 * lines + 0.6))
-    with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False}):
+    spines = {"axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context({"font.size": 8, **spines}):
         figure = Figure(size, dpi=130, layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=(1, 1.6))
         if len(results["checkpoints"]) > 1:
@@ -449,10 +441,12 @@ def evaluate(config=None):
     config = config or Config()
     if config.batch_size < 1 or config.seed < 0:
         raise InputError("--batch-size must be at least 1 and --seed at least 0.")
-    default = config.dataset or ood_data.DATASET
-    paths = [ood_utils.checkpoint_path(name, default) for name in config.checkpoint or [None]]
+    dataset = config.dataset or ood_data.DATASET
+    paths = [ood_utils.checkpoint_path(name, dataset) for name in config.checkpoint or [None]]
     networks = [train.load_network(path) for path in paths]
-    dataset = pick_dataset(config, paths)
+    log = train.read_log(paths[0])
+    if log and config.dataset is None:
+        dataset = log["config"]["dataset"]
     for path, model in zip(paths, networks, strict=True):
         check_closed_set(path, model, dataset)
     sets = name_sets(config.ood_types, dataset)

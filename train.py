@@ -59,7 +59,6 @@ class Config:
 
 
 PADDING = 4  # pixels of black around an image before the random crop
-KEPT = "What was saved before is kept."
 SAVE_SECONDS = 10  # an epoch of a small set takes less time than writing a checkpoint
 
 
@@ -110,22 +109,12 @@ def get_loader(
     augment=False. Raises InputError where the set is unknown or cannot be had.
     """
     read = (ood_data.read_closed_set, dataset, data_root, train)
-    images, labels, classes = first_on_each_machine(*read)
+    data = first_on_each_machine(*read)
     if not (train and augment):
-        return ImageLoader(images, labels, classes, batch_size or ood_data.EVAL_BATCH_SIZE, device)
+        return ImageLoader(*data, batch_size or ood_data.EVAL_BATCH_SIZE, device)
     rank, processes = get_ranks()
-    return ImageLoader(
-        images,
-        labels,
-        classes,
-        batch_size or Config.batch_size,
-        device,
-        augment=crop_and_flip,
-        shuffle=True,
-        seed=seed,
-        rank=rank,
-        processes=processes,
-    )
+    order = {"shuffle": True, "seed": seed, "rank": rank, "processes": processes}
+    return ImageLoader(*data, batch_size or Config.batch_size, device, crop_and_flip, **order)
 
 
 # ----------------------------------------------------------------------------------------
@@ -239,11 +228,8 @@ def learning_rate(config, epoch):
 
 
 def build_optimizer(model, config):
-    weight_decay = config.weight_decay
-    parameters = model.parameters()
-    return torch.optim.SGD(
-        parameters, config.lr, config.momentum, weight_decay=weight_decay, fused=True
-    )
+    settings = {"momentum": config.momentum, "weight_decay": config.weight_decay}
+    return torch.optim.SGD(model.parameters(), config.lr, fused=True, **settings)
 
 
 def train_step(model, optimizer, images, labels, precision="float32"):
@@ -267,11 +253,10 @@ def train_epoch(network, optimizer, loader, precision="float32"):
     for images, labels in tqdm(loader, f"epoch {loader.epoch + 1}", leave=False, disable=hidden):
         losses.append(train_step(network, optimizer, images, labels, precision))
     losses = mean_over_processes(torch.stack(losses)).cpu()
-    bad = losses[~losses.isfinite()]
-    if len(bad):
+    if not losses.isfinite().all():
         step = losses.isfinite().int().argmin() + 1
         where = f"epoch {loader.epoch}, step {step}"
-        raise FloatingPointError(f"The loss is {bad[0]} at {where}: lower --lr. {KEPT}")
+        raise FloatingPointError(f"The loss is not finite at {where}: lower --lr.")
     return losses
 
 
@@ -279,7 +264,7 @@ def get_accuracy(model, loader):
     """Share of a set's images that the network classifies correctly."""
     logits, labels = ood_utils.get_logits(model, loader)
     if not logits.isfinite().all():
-        raise FloatingPointError(f"The logits of test images are not finite: lower --lr. {KEPT}")
+        raise FloatingPointError("The logits of test images are not finite: lower --lr.")
     return (logits.argmax(1) == labels).double().mean().item()
 
 
@@ -321,16 +306,19 @@ def train_model(config=None):
             if train_loader.rank > 0:
                 continue  # the first process tests, says and saves
 
-            figures = {"epoch": epoch + 1, "loss": losses.mean().item()}
-            figures["test_accuracy"] = get_accuracy(model, test_loader)
-            figures["lr"] = lr
-            figures["seconds"] = time.perf_counter() - start
+            figures = {
+                "epoch": epoch + 1,
+                "loss": losses.mean().item(),
+                "test_accuracy": get_accuracy(model, test_loader),
+                "lr": lr,
+                "seconds": time.perf_counter() - start,
+            }
             log["epochs"].append(figures)
             say_epoch(figures, config.epochs, rate)
             if epoch + 1 == config.epochs or time.monotonic() - saved >= SAVE_SECONDS:
                 save(path, log, model, optimizer)
                 saved = time.monotonic()
-    return model
+    return model.eval()
 
 
 def say_epoch(figures, epochs, rate):
@@ -353,11 +341,10 @@ def check_settings(config):
         if not 0 <= value < math.inf or (value == 0 and name not in zero_is_fine):
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range.")
     if not all(0 < milestone < 1 for milestone in config.milestones):
-        given = " ".join(f"{milestone:g}" for milestone in config.milestones)
         fractions = " ".join(f"{milestone / config.epochs:g}" for milestone in config.milestones)
         raise InputError(
-            f"--milestones {given} must lie between 0 and 1, fractions of the run: for epochs "
-            f"{given} of {config.epochs} pass --milestones {fractions}."
+            "--milestones must be fractions of the run, between 0 and 1: instead of numbers of "
+            f"epochs pass --milestones {fractions}."
         )
 
 
@@ -391,10 +378,7 @@ def load_file(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error)[:100]
-        raise InputError(
-            f"{path} is damaged, or holds code: it was not loaded ({reason})."
-        ) from error
+        raise InputError(f"{path} is damaged, or holds code: it was not loaded.") from error
 
 
 def read_log(path):
@@ -456,37 +440,28 @@ def resume(path, log, model, optimizer):
 def load_state(path, state, log, model, optimizer=None):
     """Load a run that was saved, or raise InputError if its settings are others."""
     try:
-        saved = {**state["log"]["config"], "images": state["log"]["images"]}
-        epochs = state["log"]["epochs"]
-        settings = {**log["config"], "images": log["images"]}
-        for name in ("data_root", "checkpoint", "device", "resume"):  # no figure depends on these
-            settings.pop(name)
-        changed = [
-            f"{name} {saved.get(name)} -> {value}"
-            for name, value in settings.items()
-            if saved.get(name) != value
-        ]
-        if not changed:
-            from_torchvision(model, state["model"])
-            if optimizer:
-                optimizer.load_state_dict(state["optimizer"])
-            log["epochs"] = epochs
-    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        check_same_settings(path, state["log"], log)
+        from_torchvision(model, state["model"])
+        if optimizer:
+            optimizer.load_state_dict(state["optimizer"])
+        log["epochs"] = state["log"]["epochs"]
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path} is not the state of a run: start without --resume.") from error
+
+
+def check_same_settings(path, saved, log):
+    """Raise InputError where a setting that figures depend on has changed."""
+    changed = []
+    for name in ("images", *log["config"]):
+        old = saved["config"].get(name, saved.get(name))
+        new = log["config"].get(name, log.get(name))
+        if old != new and name not in ("data_root", "checkpoint", "device", "resume"):
+            changed.append(f"{name} {old} -> {new}")
     if changed:
         raise InputError(
             f"{path} is of a run with other settings: {', '.join(changed)}. Pass the former, or "
             "start over without --resume."
         )
-
-
-def interruption(config):
-    """What to say of an interrupted run."""
-    state = state_path(ood_utils.checkpoint_path(config.checkpoint, config.dataset))
-    if not state.exists():
-        return "\ninterrupted: no epoch was saved yet"
-    epochs = load_file(state)["log"]["epochs"]
-    return f"\ninterrupted: epoch {len(epochs)} is safe on disk, --resume goes on from there"
 
 
 @contextlib.contextmanager
@@ -505,7 +480,8 @@ def only_run_of(path):
             try:
                 yield
             finally:
-                lock.unlink()
+                with contextlib.suppress(OSError):
+                    lock.unlink()
     except filelock.Timeout as error:
         raise InputError(f"Another run is writing {path}: pass another --checkpoint.") from error
 
@@ -606,4 +582,4 @@ def first_to_fail():
 
 
 if __name__ == "__main__":
-    ood_utils.run_command(train_model, Config, interruption, first_to_fail)
+    ood_utils.run_command(train_model, Config, speaks=first_to_fail)

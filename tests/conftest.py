@@ -23,8 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def on_the_cpu():
     """A GPU beside it changes nothing: the same run has the same bits on a CPU alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(torch.backends.mps, "is_available", lambda: False)
+        patch.setattr(torch.accelerator, "current_accelerator", lambda **options: None)
         yield
 
 

@@ -50,4 +50,4 @@ if __name__ == "__main__":
     if what in ("exact", "die"):
         train.build_network = exact_network
     train.train_step = lambda *args: eventful_step(what, *args)
-    ood_utils.run_command(train.train_model, train.Config, train.interruption, train.first_to_fail)
+    ood_utils.run_command(train.train_model, train.Config, speaks=train.first_to_fail)

@@ -327,6 +327,7 @@ BAD = [
     ("train.py", "--lr nan", "--lr nan is out of range"),
     ("train.py", "--momentum -0.1", "--momentum -0.1 is out of range"),
     ("train.py", "--milestones 60 80", "pass --milestones 0.6 0.8"),
+    ("train.py", "--dataset digits --checkpoint lr0.1", "lr0.1 cannot be a checkpoint"),
     ("train.py", "--dataset digits --batch-size 359", "batches of 359 .* of 1, too few"),
     ("train.py", "--dataset {f}/no_test", "no_test is no data set .*/test"),
     ("train.py", "--dataset {f}/other", "only one of train/ and test/ has the class bird"),
@@ -406,7 +407,7 @@ def test_ctrl_c_ends_with_status_130(class_folder, tmp_path, command, monkeypatc
     monkeypatch.setattr(torch.Tensor, "backward", interrupt)
     flags = ["--dataset", class_folder, "--checkpoint", tmp_path / "a.pth", "--batch-size", 8]
     status, _, err = command("train.py", *flags, "--device", "cpu")
-    assert status == 130 and "no epoch was saved yet" in err and "Traceback" not in err
+    assert status == 130 and "interrupted: what was saved is kept" in err and "Traceback" not in err
 
 
 @pytest.mark.slow

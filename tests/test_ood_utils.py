@@ -317,7 +317,8 @@ def test_damaged_files_are_named(tmp_path):
 def test_a_gpu_without_kernels_is_found_by_launching_one(monkeypatch):
     """Memory can be had on it, but nothing can be computed: "meta" is such a device."""
     real_ones = torch.ones
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **options: gpu)
     monkeypatch.setattr(torch, "ones", lambda *size, device: real_ones(*size, device="meta"))
     with pytest.raises(InputError, match="'cuda' cannot be used .*--device cpu, or install"):
         ood_utils.pick_device()

@@ -317,7 +317,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(class_folder, tmp_path, monkeyp
         return train_step(*args) * (float("nan") if next(steps) == 5 else 1)
 
     monkeypatch.setattr(train, "train_step", step)
-    with pytest.raises(FloatingPointError, match="nan at epoch 3, step 2: lower --lr"):
+    with pytest.raises(FloatingPointError, match="not finite at epoch 3, step 2: lower --lr"):
         train_quietly(class_folder, tmp_path / "a.pth")
     assert len(json.loads((tmp_path / "a.json").read_text())["epochs"]) == 2
     assert (tmp_path / "a.resume.pth").exists()
