@@ -1,5 +1,6 @@
 """What the tests share: the command lines as a user starts them, and small data sets."""
 
+import contextlib
 import hashlib
 import io
 import pickle
@@ -104,6 +105,26 @@ def cut_run(tmp_path_factory):
         interrupt_after(patch, 3)
         train_quietly(folder / "pets", folder / "cut.pth")
     return folder / "pets", folder / "cut.pth", folder / "cut.resume.pth"
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """(folder, what train.py printed) of three epochs on digits."""
+    folder = tmp_path_factory.mktemp("digits")
+    flags = "--dataset digits --epochs 3 --lr 0.05 --batch-size 64 --device cpu"
+    out = io.StringIO()
+    out.reconfigure = lambda **options: None
+    redirected = contextlib.redirect_stdout(out)
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder), redirected:
+        patch.setattr(sys, "argv", ["train.py", *flags.split()])
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    return folder, out.getvalue()
+
+
+@pytest.fixture
+def in_digits_run(digits_run, monkeypatch):
+    monkeypatch.chdir(digits_run[0])
+    return digits_run[0]
 
 
 def md5_of(path):

@@ -6,7 +6,6 @@ import io
 import json
 import random
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -27,26 +26,6 @@ import train
 NUMBER = r"-?\d+\.\d{4}"
 FIGURES = rf"AUROC: {NUMBER}, AUPR: {NUMBER}, FPR95: {NUMBER}"
 NOISES_AND_PHOTOS = ("gaussian", "rademacher", "blob", "photos")
-
-
-@pytest.fixture(scope="module")
-def digits_run(tmp_path_factory):
-    """(folder, what train.py printed) of three epochs on digits."""
-    folder = tmp_path_factory.mktemp("digits")
-    flags = "--dataset digits --epochs 3 --lr 0.05 --batch-size 64 --device cpu"
-    out = io.StringIO()
-    out.reconfigure = lambda **options: None
-    redirected = contextlib.redirect_stdout(out)
-    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder), redirected:
-        patch.setattr(sys, "argv", ["train.py", *flags.split()])
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    return folder, out.getvalue()
-
-
-@pytest.fixture
-def in_digits_run(digits_run, monkeypatch):
-    monkeypatch.chdir(digits_run[0])
-    return digits_run[0]
 
 
 def test_train_prints_a_line_per_epoch_and_writes_a_torchvision_checkpoint(digits_run):
@@ -117,16 +96,15 @@ def test_the_report_has_the_published_form_and_files_agree_with_it(in_digits_run
 
 
 def test_the_files_are_there_before_the_report(in_digits_run, tmp_path):
-    """`python test.py | head -1` leaves them, and says nothing of a broken pipe."""
-    flags = "--checkpoint digits_resnet18.pth --ood-types gaussian --device cpu --output"
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "test.py", *flags.split(), tmp_path],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    process.stdout.close()
-    assert "Error" not in process.communicate()[1]
+    """`python test.py | head -1` leaves them."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    config = evaluation.Config(("digits_resnet18.pth",), ood_types=("blob",), output=str(tmp_path))
+    with contextlib.redirect_stdout(Closed()), pytest.raises(BrokenPipeError):
+        evaluation.evaluate(config)
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {f"digits_resnet18.ood.{ending}" for ending in ("npz", "json", "png")}
 

@@ -69,15 +69,12 @@ def test_the_text_speaks_of_these_runs():
     assert all(np.less(aurocs(name), aurocs(name, "max_logit")).all() for name in images)
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    """On a network of one epoch: a threshold for one image, a score of features, pytorch-ood."""
-    monkeypatch.chdir(tmp_path)
-    config = {"dataset": "digits", "epochs": 1, "batch_size": 64, "lr": 0.02, "device": "cpu"}
-    train.train_model(train.Config(**config))
+def test_the_python_of_the_readme_runs(in_digits_run, capsys):
+    """A threshold for one image, a score from features, a detector of pytorch-ood."""
     checkpoint = ("digits_resnet18.pth",)
-    evaluation.evaluate(evaluation.Config(checkpoint, ood_types=("gaussian",), device="cpu"))
-    write_images(tmp_path / "images", 1)
-    (tmp_path / "images/000.png").rename(tmp_path / "image.png")
+    evaluation.evaluate(evaluation.Config(checkpoint, ood_types=("gaussian",)))
+    write_images(in_digits_run / "images", 1)
+    (in_digits_run / "images/000.png").rename(in_digits_run / "image.png")
     snippets = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     said = []
     for snippet in snippets:
