@@ -286,7 +286,7 @@ def run_command(entry, config_class, speaks=lambda: True):
         sys.exit(1)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another one
-        message, status = "\ninterrupted: what was saved is kept", 130
+        message, status = "\ninterrupted: what was saved is kept, train.py --resume goes on", 130
     except Exception as error:
         message, status = explain(error)
     if speaks():

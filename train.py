@@ -59,6 +59,10 @@ class Config:
 
 
 PADDING = 4  # pixels of black around an image before the random crop
+EPOCH_LINE = (
+    "epoch {epoch:3d}/{epochs}  loss {loss:.4f}  test accuracy {test_accuracy:.2%}  lr {lr:g}  "
+    "{seconds:.1f} s  {rate:.0f} images/s"
+)
 SAVE_SECONDS = 10  # an epoch of a small set takes less time than writing a checkpoint
 
 
@@ -314,19 +318,11 @@ def train_model(config=None):
                 "seconds": time.perf_counter() - start,
             }
             log["epochs"].append(figures)
-            say_epoch(figures, config.epochs, rate)
+            print(EPOCH_LINE.format(epochs=config.epochs, rate=rate, **figures))
             if epoch + 1 == config.epochs or time.monotonic() - saved >= SAVE_SECONDS:
                 save(path, log, model, optimizer)
                 saved = time.monotonic()
     return model.eval()
-
-
-def say_epoch(figures, epochs, rate):
-    print(
-        f"epoch {figures['epoch']:3d}/{epochs}  loss {figures['loss']:.4f}  "
-        f"test accuracy {100 * figures['test_accuracy']:.2f}%  lr {figures['lr']:g}  "
-        f"{figures['seconds']:.1f} s  {rate:.0f} images/s"
-    )
 
 
 # ----------------------------------------------------------------------------------------
@@ -363,14 +359,6 @@ def check_batches(loader):
 # Files: checkpoint X.pth, log X.json, and X.resume.pth while the run is unfinished
 
 
-def log_path(path):
-    return path.with_suffix(".json")
-
-
-def state_path(path):
-    return path.with_suffix(".resume.pth")
-
-
 def load_file(path):
     """Load what torch.save wrote, tensors and plain data alone: nothing in it is executed."""
     if not path.is_file():
@@ -383,14 +371,15 @@ def load_file(path):
 
 def read_log(path):
     """Return the log beside a checkpoint, None where there is none; raise InputError."""
-    if not log_path(path).exists():
+    path = path.with_suffix(".json")
+    if not path.exists():
         return None
     try:
-        log = json.loads(log_path(path).read_text())
+        log = json.loads(path.read_text())
         log["finished"] = len(log["epochs"]) == log["config"]["epochs"]
         return log
     except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{log_path(path)} is not the log of a run: remove it.") from error
+        raise InputError(f"{path} is not the log of a run: remove it.") from error
 
 
 def start_log(config, device, loader):
@@ -409,20 +398,20 @@ def start_log(config, device, loader):
 
 def save(path, log, model, optimizer):
     """Write checkpoint and log, and until the last epoch what --resume needs; each file whole."""
-    weights = to_torchvision(model)
+    weights, state_path = to_torchvision(model), path.with_suffix(".resume.pth")
     ood_utils.write_file(path, weights)
-    ood_utils.write_file(log_path(path), json.dumps(log, indent=1).encode())
+    ood_utils.write_file(path.with_suffix(".json"), json.dumps(log, indent=1).encode())
     if len(log["epochs"]) < log["config"]["epochs"]:
         state = {"log": log, "model": weights, "optimizer": optimizer.state_dict()}
-        ood_utils.write_file(state_path(path), state)
+        ood_utils.write_file(state_path, state)
     else:
-        state_path(path).unlink(missing_ok=True)
+        state_path.unlink(missing_ok=True)
         print(f"wrote {path}")
 
 
 def resume(path, log, model, optimizer):
     """Where --resume asks for it, put a run into log, model and optimizer, and say so."""
-    state = state_path(path)
+    state = path.with_suffix(".resume.pth")
     done = read_log(path)
     if not log["config"]["resume"]:
         if state.exists():
@@ -474,8 +463,9 @@ def only_run_of(path):
     lock = path.with_suffix(".lock")
     try:
         with filelock.FileLock(lock, blocking=False):
-            for file in (path, log_path(path), state_path(path)):
-                for left in path.parent.glob(f"{glob.escape(file.name)}.{'?' * 32}.tmp"):
+            for ending in (path.suffix, ".json", ".resume.pth"):
+                name = glob.escape(path.with_suffix(ending).name)
+                for left in path.parent.glob(f"{name}.{'?' * 32}.tmp"):
                     left.unlink()
             try:
                 yield

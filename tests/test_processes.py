@@ -114,8 +114,8 @@ def test_of_several_errors_the_first_is_told(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
-    claimed = []
-    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
+    claimed, options = [], {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: options.update(given))
     monkeypatch.setattr(
         dist, "destroy_process_group", lambda: claimed.append(server.add("failures of start 0", 0))
     )
@@ -123,6 +123,7 @@ def test_of_several_errors_the_first_is_told(monkeypatch):
     with pytest.raises(ood_utils.InputError), train.process_group():
         raise ood_utils.InputError("a data set that no process can read")
     assert claimed == [1] and train.first_to_fail()
+    assert options["timeout"].total_seconds() >= 3600  # one process may read for long
     train.first_to_fail.cache_clear()  # as another process
     assert not train.first_to_fail()
     train.first_to_fail.cache_clear()
@@ -152,3 +153,15 @@ def test_two_processes_take_the_steps_of_one_and_a_failed_run_is_resumed_by_one(
     losses = json.loads((folder / "b.json").read_text())["epochs"]
     assert losses[0]["loss"] == pytest.approx(log["epochs"][0]["loss"], abs=1e-6)
     assert abs(losses[0]["loss"] - losses[1]["loss"]) > 1e-3
+
+
+def test_each_process_takes_its_own_gpu_and_mps_is_refused(monkeypatch):
+    picked = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", picked.append)
+    monkeypatch.setattr(ood_utils, "pick_device", torch.device)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert train.process_device(None) == torch.device("cuda:1") and picked == ["cuda:1"]
+    with pytest.raises(ood_utils.InputError, match="torchrun does not work on MPS"):
+        train.process_device("mps")
