@@ -52,7 +52,7 @@ class Config:
     batch_size: int = ood_data.EVAL_BATCH_SIZE  # no figure depends on it
     seed: int = ood_data.NOISE_SEED  # of the noises
     device: str | None = None  # by default cuda, mps or cpu, whichever is there first
-    output: str | None = None  # folder to write to, by default that of the first checkpoint
+    output: str | None = None  # folder to write to, by default that of each checkpoint
 
 
 OOD_SHARE = 5  # one OOD image for so many test images: the chance level of AUPR depends on it

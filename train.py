@@ -124,37 +124,32 @@ def get_loader(
 # ----------------------------------------------------------------------------------------
 # Network: torchvision's resnet18, with small maps computed the short way
 #
-# 32x32 images reach layer3 as maps of 2x2 and layer4 as 2x2, then 1x1, where most taps of
-# a 3x3 kernel only ever meet padding: they change no output and get no gradient.
+# 32x32 images reach layer3 as maps of 4x4, then 2x2, and layer4 as 2x2, then 1x1. There most
+# taps of a 3x3 kernel only ever meet padding: they change no output and get no gradient.
 
 
-def pixel_major(maps):
-    """(N, C, H, W) -> (N, H W C), without a copy of what is channels_last."""
-    return maps.permute(0, 2, 3, 1).flatten(1)
+class SmallMapConv(nn.Conv2d):
+    """A convolution of a map so small that each output sees every pixel: one matrix product.
 
-
-class WholeMapConv(nn.Conv2d):
-    """A convolution whose kernel is as large as its map: one matrix product."""
-
-    def forward(self, maps):
-        outputs = F.linear(pixel_major(maps), pixel_major(self.weight))
-        return outputs[:, :, None, None]
-
-
-class TwoByTwoConv(nn.Conv2d):
-    """A 3x3 convolution of 2x2 maps: one matrix product, since each output sees each pixel."""
+    Outputs are as many as the kernel, without the taps that only meet padding, is larger than
+    the map: 2x2 of a 3x3 kernel on a 2x2 map, one of a kernel as large as its map.
+    """
 
     def forward(self, maps):
+        size = maps.shape[-1]
         taps = self.weight.to(maps.dtype).permute(0, 2, 3, 1)
-        kernels = [taps[:, 1 - y : 3 - y, 1 - x : 3 - x] for y in (0, 1) for x in (0, 1)]
-        matrix = torch.stack(kernels).flatten(0, 1).flatten(1)  # (4 C_out, 4 C_in)
-        outputs = F.linear(pixel_major(maps), matrix)
-        outputs = outputs.unflatten(1, (2, 2, -1)).permute(0, 3, 1, 2)
+        starts = range(self.kernel_size[0] - size, -1, -1)  # of the map in the kernel, per output
+        kernels = [taps[:, y : y + size, x : x + size] for y in starts for x in starts]
+        matrix = torch.stack(kernels).flatten(0, 1).flatten(1)  # (outputs x C_out, pixels x C_in)
+        outputs = F.linear(maps.permute(0, 2, 3, 1).flatten(1), matrix)
+        outputs = outputs.unflatten(1, (len(starts), len(starts), -1)).permute(0, 3, 1, 2)
         return outputs.contiguous(memory_format=memory_format(maps.device))
 
 
-LAYER3 = ("layer3.0.conv2", "layer3.1.conv1", "layer3.1.conv2")
-LAYER4 = {  # rows, and columns, of the kernel that meet the map
+LIVE_TAPS = {  # rows, and columns, of the 3x3 kernel that ever meet the map
+    "layer3.0.conv2": slice(0, 3),
+    "layer3.1.conv1": slice(0, 3),
+    "layer3.1.conv2": slice(0, 3),
     "layer4.0.conv1": slice(1, 3),
     "layer4.0.conv2": slice(1, 2),
     "layer4.1.conv1": slice(1, 2),
@@ -170,13 +165,10 @@ def build_network(num_classes=100, stem=Config.stem):
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
         return model
-    for name in LAYER3:
-        conv = TwoByTwoConv(256, 256, 3, padding=1, bias=False, device="meta")
-        conv.weight = model.get_submodule(name).weight
-        model.set_submodule(name, conv)
-    for name, live in LAYER4.items():
+    for name, live in LIVE_TAPS.items():
         weight = model.get_submodule(name).weight.detach()[:, :, live, live].clone()
-        conv = WholeMapConv(weight.shape[1], 512, weight.shape[2], bias=False, device="meta")
+        outputs, inputs, size, _ = weight.shape
+        conv = SmallMapConv(inputs, outputs, size, bias=False, device="meta")
         conv.weight = nn.Parameter(weight)
         model.set_submodule(name, conv)
     return model
@@ -185,9 +177,9 @@ def build_network(num_classes=100, stem=Config.stem):
 def to_torchvision(model):
     """The state dict of torchvision's resnet18, on the CPU; the taps left out are zero."""
     state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-    for name, live in LAYER4.items():
+    for name, live in LIVE_TAPS.items():
         weight = state[f"{name}.weight"]
-        if isinstance(model.get_submodule(name), WholeMapConv):
+        if isinstance(model.get_submodule(name), SmallMapConv):
             state[f"{name}.weight"] = weight.new_zeros(*weight.shape[:2], 3, 3)
             state[f"{name}.weight"][:, :, live, live] = weight
     return state
@@ -196,8 +188,8 @@ def to_torchvision(model):
 def from_torchvision(model, state):
     """Load a state dict of torchvision's resnet18, strictly, into one of build_network's."""
     state = dict(state)
-    for name, live in LAYER4.items():
-        if isinstance(model.get_submodule(name), WholeMapConv):
+    for name, live in LIVE_TAPS.items():
+        if isinstance(model.get_submodule(name), SmallMapConv):
             state[f"{name}.weight"] = state[f"{name}.weight"][:, :, live, live]
     model.load_state_dict(state)
 
@@ -256,7 +248,10 @@ def train_epoch(network, optimizer, loader, precision="float32"):
     losses = []
     for images, labels in tqdm(loader, f"epoch {loader.epoch + 1}", leave=False, disable=hidden):
         losses.append(train_step(network, optimizer, images, labels, precision))
-    losses = mean_over_processes(torch.stack(losses)).cpu()
+    losses = torch.stack(losses)
+    if loader.processes > 1:
+        dist.all_reduce(losses)
+    losses = losses.cpu() / loader.processes
     if not losses.isfinite().all():
         step = losses.isfinite().int().argmin() + 1
         where = f"epoch {loader.epoch}, step {step}"
@@ -411,31 +406,28 @@ def save(path, log, model, optimizer):
 
 def resume(path, log, model, optimizer):
     """Where --resume asks for it, put a run into log, model and optimizer, and say so."""
-    state = path.with_suffix(".resume.pth")
-    done = read_log(path)
+    state_path, done = path.with_suffix(".resume.pth"), read_log(path)
+    finished = done and done["finished"] and path.exists() and not state_path.exists()
     if not log["config"]["resume"]:
-        if state.exists():
-            print(f"starting over: the first save replaces {state}, which --resume continues")
-    elif state.exists():
-        load_state(state, load_file(state), log, model, optimizer)
-        print(f"resuming after epoch {len(log['epochs'])} of {log['config']['epochs']}")
-    elif done and done["finished"] and path.exists():
-        load_state(path, {"log": done, "model": load_file(path)}, log, model)
+        if state_path.exists():
+            print(f"starting over: the first save replaces {state_path}")
+    elif finished:
+        check_same_settings(path, done, log)
+        from_torchvision(model, load_file(path))
+        log["epochs"] = done["epochs"]
         print(f"finished: {path} has all {len(log['epochs'])} epochs")
-    else:
-        print(f"no unfinished run at {state}: starting")
-
-
-def load_state(path, state, log, model, optimizer=None):
-    """Load a run that was saved, or raise InputError if its settings are others."""
-    try:
-        check_same_settings(path, state["log"], log)
-        from_torchvision(model, state["model"])
-        if optimizer:
+    elif state_path.exists():
+        state = load_file(state_path)
+        try:
+            check_same_settings(state_path, state["log"], log)
+            from_torchvision(model, state["model"])
             optimizer.load_state_dict(state["optimizer"])
-        log["epochs"] = state["log"]["epochs"]
-    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path} is not the state of a run: start without --resume.") from error
+            log["epochs"] = state["log"]["epochs"]
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise InputError(f"{state_path} is not the state of a run: remove it.") from error
+        print(f"resuming after epoch {len(log['epochs'])} of {log['config']['epochs']}")
+    else:
+        print(f"no unfinished run at {state_path}: starting")
 
 
 def check_same_settings(path, saved, log):
@@ -553,12 +545,6 @@ def join_processes(log, model, optimizer):
     # It shares the weights itself. Batch norm's statistics stay each process's own.
     with warnings.catch_warnings(action="ignore"):  # torch 2.14 has another name for it
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-
-
-def mean_over_processes(losses):
-    if dist.is_initialized():
-        dist.all_reduce(losses)
-    return losses / get_ranks()[1]
 
 
 @functools.cache
