@@ -315,8 +315,9 @@ def check_ood_type(name, dataset=None):
     if name not in NOISES and name not in OOD_IMAGES and not folder.is_dir():
         raise InputError(f"Unknown OOD type {name!r}: use {OOD_SET_NAMES}.")
     closed = Path(dataset or "/").expanduser().resolve()
-    inside = folder.is_relative_to(closed) or closed.is_relative_to(folder)
-    if name == dataset or (inside and closed.is_dir() and dataset):
+    within = any(folder.is_relative_to(closed / split) for split in ("train", "test"))
+    holds = closed.is_dir() and closed.is_relative_to(folder)
+    if name == dataset or (dataset and (within or holds)):
         raise InputError(f"OOD type {name!r} is, or holds, the closed set itself: leave it out.")
 
 

@@ -6,10 +6,10 @@
 
 Prints, in percent, the error rate, the score's performance on correctly classified images
 (positive) against misclassified ones, then on the closed set (positive) against each OOD set;
-then tables. Writes first, beside the first checkpoint or into --output,
+then tables. Writes first, unless every set was skipped, beside the checkpoint or into --output,
     cifar100_resnet18.ood.json    every figure of every set and score, and what they depend on
-    cifar100_resnet18.ood.npz     scores and predictions of every image, of each checkpoint
     cifar100_resnet18.ood.png     ROC curves, or the AUROC of several runs, and histograms
+    cifar100_resnet18.ood.npz     scores and predictions of every image; one for each checkpoint
 Exit status 1 if an OOD set had to be skipped.
 """
 
@@ -102,7 +102,7 @@ def name_sets(ood_types, dataset):
     for ood_type in dict.fromkeys(ood_types):
         ood_data.check_ood_type(ood_type, dataset)
         name = ood_type if ood_type in known else Path(ood_type).expanduser().resolve().name
-        if name in sets or (name in known and name != ood_type):
+        if name in sets or name == CLOSED or (name in known and name != ood_type):
             raise InputError(f"Two sets would be named {name!r}: rename the folder {ood_type}.")
         sets[name] = ood_type
     return sets

@@ -5,7 +5,8 @@
     python train.py --resume                       # go on after an interruption
 
 Prints a line per epoch and writes, by default for CIFAR-100 and in the working directory,
-    cifar100_resnet18.pth          a plain state dict of torchvision's resnet18
+    cifar100_resnet18.pth          a plain state dict, which torchvision's resnet18 loads (for
+                                   32x32 images: taps that these never meet are zero)
     cifar100_resnet18.json         settings, classes, versions, and the figures of every epoch
     cifar100_resnet18.resume.pth   the state of an unfinished run
 """
@@ -61,9 +62,9 @@ class Config:
 PADDING = 4  # pixels of black around an image before the random crop
 EPOCH_LINE = (
     "epoch {epoch:3d}/{epochs}  loss {loss:.4f}  test accuracy {test_accuracy:.2%}  lr {lr:g}  "
-    "{seconds:.1f} s  {rate:.0f} images/s"
+    "{seconds:.1f} s  {rate:.0f} images/s"  # the seconds with, the rate without the test
 )
-SAVE_SECONDS = 10  # an epoch of a small set takes less time than writing a checkpoint
+SAVE_SECONDS = 10  # at least, between saves: an epoch of a small set is shorter than a save
 
 
 # ----------------------------------------------------------------------------------------
@@ -124,15 +125,16 @@ def get_loader(
 # ----------------------------------------------------------------------------------------
 # Network: torchvision's resnet18, with small maps computed the short way
 #
-# 32x32 images reach layer3 as maps of 4x4, then 2x2, and layer4 as 2x2, then 1x1. There most
-# taps of a 3x3 kernel only ever meet padding: they change no output and get no gradient.
+# 32x32 images reach layer3 as maps of 4x4, then 2x2, and layer4 as 2x2, then 1x1. Of layer4's
+# 3x3 kernels only 2x2 taps, then the centre one, ever meet a pixel: the others change no output
+# and get no gradient. On layer3's 2x2 maps all taps do; there the computation alone is shorter.
 
 
 class SmallMapConv(nn.Conv2d):
     """A convolution of a map so small that each output sees every pixel: one matrix product.
 
-    Outputs are as many as the kernel, without the taps that only meet padding, is larger than
-    the map: 2x2 of a 3x3 kernel on a 2x2 map, one of a kernel as large as its map.
+    Each side has (kernel - map + 1) outputs: two where a 3x3 kernel meets a 2x2 map, one where
+    kernel and map are equally large.
     """
 
     def forward(self, maps):
@@ -244,9 +246,9 @@ def train_epoch(network, optimizer, loader, precision="float32"):
 
     float32 (steps,), on the CPU: read once an epoch, since each reading makes the device wait.
     """
+    epoch, losses = loader.epoch + 1, []
     hidden = True if loader.rank > 0 else None  # None: shown on a terminal
-    losses = []
-    for images, labels in tqdm(loader, f"epoch {loader.epoch + 1}", leave=False, disable=hidden):
+    for images, labels in tqdm(loader, f"epoch {epoch}", leave=False, disable=hidden):
         losses.append(train_step(network, optimizer, images, labels, precision))
     losses = torch.stack(losses)
     if loader.processes > 1:
@@ -254,8 +256,9 @@ def train_epoch(network, optimizer, loader, precision="float32"):
     losses = losses.cpu() / loader.processes
     if not losses.isfinite().all():
         step = losses.isfinite().int().argmin() + 1
-        where = f"epoch {loader.epoch}, step {step}"
-        raise FloatingPointError(f"The loss is not finite at {where}: lower --lr.")
+        raise FloatingPointError(
+            f"The loss is not finite at epoch {epoch}, step {step}: lower --lr."
+        )
     return losses
 
 
@@ -409,8 +412,8 @@ def resume(path, log, model, optimizer):
     state_path, done = path.with_suffix(".resume.pth"), read_log(path)
     finished = done and done["finished"] and path.exists() and not state_path.exists()
     if not log["config"]["resume"]:
-        if state_path.exists():
-            print(f"starting over: the first save replaces {state_path}")
+        if path.exists() or state_path.exists():
+            print(f"starting over: the first save replaces {path}")
     elif finished:
         check_same_settings(path, done, log)
         from_torchvision(model, load_file(path))

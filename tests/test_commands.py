@@ -284,6 +284,7 @@ BAD = [
     ("test.py", "--ood-types cifar10 --dataset cifar10 --checkpoint {f}/ten.pth", "set itself"),
     ("test.py", "--dataset {f}/pets --checkpoint {f}/one.pth --ood-types {f}/pets/test", "itself"),
     ("test.py", "--dataset digits --checkpoint {f}/ten.pth --ood-types {f}/a/x {f}/b/x", "'x'"),
+    ("test.py", "--dataset digits --checkpoint {f}/ten.pth --ood-types {f}/svhn", "'svhn'"),
     ("train.py", "--dataset digits --device abacus", "Device 'abacus' cannot be used"),
     ("test.py", "--dataset digits --checkpoint {f}/ten.pth --device cuda:99", "cannot be used"),
     ("train.py", "--data-root {f}", "CIFAR100 is missing .*copy it there .*digits"),
@@ -327,6 +328,7 @@ def bad_folder(tmp_path_factory):
     write_images(folder / "no_test/train/cat", 2)
     write_images(folder / "a/x", 1)
     write_images(folder / "b/x", 1)
+    write_images(folder / "svhn", 1)
     for split, name in (("train", "cat"), ("test", "cat"), ("test", "bird")):
         write_images(folder / "other" / split / name, 2)
     (folder / "unreadable/train/dog/broken.png").write_bytes(b"no picture")

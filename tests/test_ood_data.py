@@ -274,15 +274,19 @@ def test_a_noise_may_be_an_array_or_a_tensor(kind, monkeypatch):
     assert images.dtype == torch.float32 and images.shape == (5, 3, 32, 32) and (images == 1).all()
 
 
-def test_the_closed_set_is_no_ood_set(class_folder):
+def test_the_closed_set_is_no_ood_set(class_folder, tmp_path):
     check_ood_type("cifar10", "cifar100")
+    (class_folder / "far").mkdir()
+    check_ood_type(class_folder / "far", class_folder)  # beside train/ and test/
+    check_ood_type(tmp_path, "cifar100")
     for name, dataset in (
         ("cifar100", "cifar100"),
         (class_folder, class_folder),
-        (class_folder / "test", class_folder),
+        (class_folder / "test/cat", class_folder),
+        (tmp_path, class_folder),
     ):
         with pytest.raises(InputError, match="closed set itself"):
-            check_ood_type(str(name), str(dataset))
+            check_ood_type(name, dataset)
 
 
 # Loader

@@ -59,7 +59,7 @@ def test_the_text_speaks_of_these_runs():
     assert f"error rate of {evaluation.spread(errors)}%" in text
     assert f"error rate ({min(errors):.2f} to {max(errors):.2f})" in text
     assert "{:.2f}, {:.2f} and {:.2f}".format(*aurocs("rademacher")) in text
-    assert "`msp` leads, {:.2f} to {:.2f}.".format(*means) in text
+    assert "`msp` is ahead of it, {:.2f} to {:.2f}.".format(*means) in text
     assert max(np.ptp(aurocs(name)) for name in images) < 3.1
     assert max(np.ptp(aurocs(name)) for name in ("cifar10_test", "textures_10_of_47_classes")) < 0.7
     assert 42 < max(np.ptp(aurocs(name)) for name in NOISES) < 43
