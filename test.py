@@ -421,17 +421,6 @@ def output_path(config, path, ending):
     return folder / path.with_suffix(ending).name
 
 
-def check_outputs(config, paths):
-    """Raise InputError now, not after the work, if the files cannot be written."""
-    outputs = [output_path(config, path, ".ood.npz") for path in paths]
-    if len(set(outputs)) < len(outputs):
-        raise InputError(
-            "Two checkpoints have the same name: their files would overwrite each other."
-        )
-    for folder in {output.parent for output in outputs}:
-        ood_utils.check_writable(folder, "--output")
-
-
 def evaluate(config=None):
     """Evaluate checkpoints, write and print the report; return what the JSON holds.
 
@@ -450,7 +439,11 @@ def evaluate(config=None):
     for path, model in zip(paths, networks, strict=True):
         check_closed_set(path, model, dataset)
     sets = name_sets(config.ood_types, dataset)
-    check_outputs(config, paths)
+    outputs = {output_path(config, path, ".ood.npz") for path in paths}
+    if len(outputs) < len(paths):
+        raise InputError("Checkpoints of the same name would overwrite each other's files.")
+    for output in outputs:
+        ood_utils.check_writable(output.parent, "--output")
     device = ood_utils.pick_device(config.device)
     results = {"config": asdict(config) | {"dataset": dataset, "ood_types": list(sets)}}
     results |= ood_utils.describe(device)
