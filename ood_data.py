@@ -1,14 +1,14 @@
-"""Every image set of the experiment: closed sets to train and test on, OOD sets to tell from them.
+"""Every image set: closed sets to train and test on, OOD sets to tell from them.
 
-Image sets are uint8 tensors (N, 3, 32, 32), which the loader normalises. Noises are float32 of
-that shape and go into the network as they are: they live in its input space, where -1 is about
-pixel 70 and +1 about 172. The idea is outlier-exposure's (github.com/hendrycks/outlier-exposure),
-whose noises are others: under its normalisation -1 and +1 are about pixel 57 and 185.
+Image sets are uint8 (N, 3, 32, 32), which the loader normalises. Noises are float32
+and go into the network as they are: in its input space -1 is about pixel 70 and +1
+about 172. The idea is outlier-exposure's (github.com/hendrycks/outlier-exposure); under
+its normalisation, where they are about 57 and 185, the noises are others.
 
-To add an OOD set, add a line to NOISES or OOD_IMAGES; `build_ood_loader` serves them all:
+To add an OOD set, add a line to NOISES or OOD_IMAGES:
 
     from ood_data import build_ood_loader
-    images, labels = next(iter(build_ood_loader("blob", 2000, batch_size=1000)))
+    images, labels = next(iter(build_ood_loader("blob", 2000)))
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from ood_utils import InputError
 
-DATASET = "cifar100"  # a name in CLOSED_SETS, or a folder with train/<class>/ and test/<class>/
+DATASET = "cifar100"  # a name in CLOSED_SETS, or a folder
 DATA_ROOT = "~/data"  # where torchvision's data sets lie, or are downloaded to
 NOISE_SEED = 0
-EVAL_BATCH_SIZE = 1000  # images per forward pass without gradients: speed and memory alone
+EVAL_BATCH_SIZE = 1000  # images per forward pass: speed and memory alone
 
 # The published figures used these, and the noises are defined in the space they span. The
 # mean is CIFAR-10's. The std is not: it is the mean over images of each image's own standard
@@ -42,7 +42,7 @@ EVAL_BATCH_SIZE = 1000  # images per forward pass without gradients: speed and m
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2023, 0.1994, 0.2010)
 
-PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # scikit-image's everyday scenes
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # of scikit-image
 
 
 # ----------------------------------------------------------------------------------------
@@ -64,20 +64,20 @@ def statistics(device):
 
 
 def normalise(images):
-    """uint8 (N, 3, H, W) -> float32: to [0, 1], minus MEAN, over STD, torchvision's bits."""
+    """uint8 (N, 3, H, W) -> float32, with the bits of torchvision's Normalize."""
     mean, std = statistics(images.device)
     return (images / 255).sub_(mean).div_(std)
 
 
 @dataclass
 class ImageLoader:
-    """Batches (images, labels) of a set that lies on the device as a whole: no workers.
+    """Batches (images, labels) of a set that lies on the device as a whole.
 
-    Several processes take equal shares of each batch; of the last one (processes - 1) images
-    at most are left out, others in each epoch.
+    Several processes take equal shares of each batch; of the last one (processes - 1)
+    images at most are left out, others in each epoch.
     """
 
-    images: torch.Tensor  # (N, 3, H, W): uint8 are normalised, float32 are taken as they are
+    images: torch.Tensor  # (N, 3, H, W): uint8, normalised, or float32, as they are
     labels: torch.Tensor  # (N,)
     classes: tuple = ()  # the names of the labels
     batch_size: int = EVAL_BATCH_SIZE
@@ -118,7 +118,7 @@ class ImageLoader:
 
 
 def to_rgb(image):
-    """A PIL image of any mode as 8-bit RGB; convert() alone turns more than 8 bits white."""
+    """8-bit RGB of a PIL image; convert() alone turns more than 8 bits white."""
     values = np.asarray(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((values / 257).round().astype(np.uint8))
@@ -130,7 +130,7 @@ def to_rgb(image):
 
 
 def fit(image):
-    """uint8 (3, 32, 32) of a PIL image of any size: shorter side to 32, centre crop."""
+    """uint8 (3, 32, 32) of a PIL image: shorter side to 32, centre crop."""
     return TF.pil_to_tensor(TF.center_crop(TF.resize(to_rgb(image), 32), 32))
 
 
@@ -158,12 +158,12 @@ def grey_to_rgb(images):
 
 
 def fixed_order(count):
-    """The same permutation every time: the first images of a sorted folder share a class."""
+    """A permutation: the first images of a sorted folder share a class."""
     return np.random.default_rng(0).permutation(count)
 
 
 def fetch(dataset, root, **split):
-    """A data set of torchvision, which downloads what is missing, or raise InputError."""
+    """A data set of torchvision, downloaded where missing, or raise InputError."""
     root = Path(root).expanduser()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
@@ -171,7 +171,7 @@ def fetch(dataset, root, **split):
     except Exception as error:
         raise InputError(
             f"{dataset.__name__} is missing or damaged under {root} and could not be downloaded "
-            f"({error}): copy it there from a machine that can. digits and photos need no download."
+            f"({error}): copy it there from a machine that can. digits and photos need none."
         ) from error
 
 
@@ -185,7 +185,7 @@ def read_cifar(dataset, root, train):
 
 
 def read_digits(root, train):
-    """scikit-learn's 1,797 handwritten digits, 8x8, in a stratified 80/20 split for good."""
+    """scikit-learn's 1,797 digits of 8x8, in a fixed stratified 80/20 split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -226,7 +226,7 @@ CLOSED_SET_NAMES = f"{', '.join(CLOSED_SETS)}, or a folder with train/<class>/ a
 
 
 def read_closed_set(dataset=DATASET, data_root=DATA_ROOT, train=True):
-    """Return images uint8 (N, 3, 32, 32), labels (N,), class names, or raise InputError."""
+    """Return images uint8 (N, 3, 32, 32), labels, class names, or raise InputError."""
     if dataset in CLOSED_SETS:
         _, read = CLOSED_SETS[dataset]
         return read(data_root, train)
@@ -250,7 +250,7 @@ def rademacher(rng, count):
 
 
 def blob(rng, count):
-    """Bernoulli(0.7) values, blurred with sigma 1.5 over rows, columns and channels alike.
+    """Bernoulli(0.7) values, blurred with sigma 1.5 over rows, columns, channels.
 
     What is below 0.75 then becomes 0; x * 2 - 1.
     """
@@ -275,7 +275,7 @@ def read_textures(root, count):
 
 
 def read_photos(root, count):
-    """Distinct 32x32 crops, 16 pixels apart, of photographs that scikit-image ships."""
+    """Distinct 32x32 crops of photographs that scikit-image ships."""
     import skimage.data
 
     crops = []
@@ -310,7 +310,7 @@ OOD_SET_NAMES = f"{', '.join([*NOISES, *OOD_IMAGES])}, or a folder of images"
 
 
 def check_ood_type(name, dataset=None):
-    """Raise InputError unless `name` is an OOD set, or a folder, and not the closed set."""
+    """Raise InputError unless `name` is an OOD set or a folder, not the closed set."""
     folder = Path(name).expanduser().resolve()
     if name not in NOISES and name not in OOD_IMAGES and not folder.is_dir():
         raise InputError(f"Unknown OOD type {name!r}: use {OOD_SET_NAMES}.")
@@ -329,12 +329,13 @@ def build_ood_loader(
     data_root=DATA_ROOT,
     device="cpu",
 ):
-    """Return an ImageLoader over the first images of an OOD set, fewer where it is smaller.
+    """Return an ImageLoader over the first images of an OOD set.
 
     noise_type: a name in NOISES or OOD_IMAGES, or the path of a folder of images.
-    Batches are float32 (B, 3, 32, 32) in the network's input space, and labels of -1: no
-    class. A noise is a function of (seed, noise_type) alone. Raises InputError, a ValueError,
-    for an unknown set, one that is neither on disk nor to be had, or a number below 1.
+    Fewer images where the set is smaller. Batches are float32 (B, 3, 32, 32) in the
+    network's input space, and labels of -1: no class. A noise is a function of (seed,
+    noise_type) alone. Raises InputError, a ValueError, for an unknown set, one that is
+    neither on disk nor to be had, or a number below 1.
     """
     if ood_num_examples < 1 or batch_size < 1:
         raise InputError("The number of images and the batch size must be at least 1.")

@@ -1,7 +1,7 @@
 """From a network's logits to OOD scores, and from scores to AUROC, AUPR and FPR95.
 
 Every score points the same way: **higher means more in-distribution**. Metrics are
-fractions; what is printed is percent. The end is what train.py and test.py share besides.
+fractions; what is printed is percent.
 
     from ood_utils import get_ood_scores, show_performance
     scores, right, wrong = get_ood_scores(model, test_loader, closed_set=True)
@@ -27,7 +27,7 @@ RECALL_LEVEL = 0.95  # FPR95: the true positive rate at which the false positive
 
 
 class InputError(ValueError):
-    """What the user can mend: the command line prints it as one line, without a traceback."""
+    """What the user can mend: the command line prints it as one line."""
 
 
 # ----------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def max_logit(logits):
 
 
 def energy(logits):
-    """Negative free energy at temperature 1, log sum exp (Liu et al. 2020, arXiv 2010.03759)."""
+    """Negative free energy, log sum exp (Liu et al. 2020, arXiv 2010.03759)."""
     return logits.logsumexp(1)
 
 
@@ -55,7 +55,7 @@ def entropy(logits):
 
 
 def gen(logits, gamma=0.1, top=100):
-    """Minus the sum of p^gamma (1 - p)^gamma over the top classes (Liu et al., GEN, CVPR 2023)."""
+    """Minus the sum of p^gamma (1 - p)^gamma (Liu et al., GEN, CVPR 2023)."""
     top = min(top, logits.shape[1])
     p = logits.softmax(1).topk(top, 1).values
     return -(p**gamma * (1 - p) ** gamma).sum(1)
@@ -94,7 +94,7 @@ def get_logits(model, dataloader):
 
 
 def get_features(model, dataloader):
-    """Return what enters the last layer for every image, float32 (N, 512), on the CPU."""
+    """Return what enters the last layer, float32 (N, 512), on the CPU."""
     features = []
     hook = model.fc.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].cpu()))
     try:
@@ -105,7 +105,7 @@ def get_features(model, dataloader):
 
 
 def get_ood_scores(model, dataloader, closed_set=False, score=msp):
-    """Score every image that the loader yields, float64 (N,): higher is more in-distribution.
+    """Score every image, float64 (N,): higher is more in-distribution.
 
     With closed_set=True return (scores, right, wrong): all scores, those of correctly
     classified images and those of misclassified ones. Computed in float64: a float32 softmax
@@ -143,7 +143,7 @@ def get_threshold(scores):
 
 
 def get_performance(pos, neg):
-    """Return (AUROC, AUPR, FPR95), fractions, for scores (N,) of positives, (M,) of negatives.
+    """Return (AUROC, AUPR, FPR95), fractions, for scores (N,) and (M,) of two classes.
 
     Higher must mean positive. With OOD as the positive class: get_performance(-ood, -closed).
     AUROC: roc_auc_score. AUPR: average_precision_score, whose chance level is N / (N + M).
@@ -182,7 +182,7 @@ def errors_accepted(scores, correct):
 
 
 def aurc(scores, correct):
-    """Mean, over k, of the error rate of the k most confident: a fraction, lower is better.
+    """Mean, over k, of the error rate of the k most confident: lower is better.
 
     Area under the risk-coverage curve (Geifman & El-Yaniv 2017, arXiv 1705.08500).
     """
@@ -191,7 +191,7 @@ def aurc(scores, correct):
 
 
 def augrc(scores, correct):
-    """Mean, over k, of the share of all images that are accepted and wrong: lower is better.
+    """Mean, over k, of the share of all that is accepted and wrong: lower is better.
 
     Area under the generalised risk-coverage curve (Traub et al. 2024, arXiv 2407.01032).
     """
@@ -215,7 +215,7 @@ def predicted_classes(predictions):
 
 
 def checkpoint_path(checkpoint, dataset=""):
-    """The given path, or <dataset>_resnet18.pth; InputError if it can be no checkpoint's."""
+    """The given path, or <dataset>_resnet18.pth; InputError if it is unfit."""
     name = Path(dataset).expanduser().resolve().name
     path = Path(checkpoint or f"{name}_resnet18.pth").expanduser()
     if path.is_dir() or path.suffix not in (".pth", ".pt"):  # the log goes to <stem>.json
@@ -230,9 +230,9 @@ def check_writable(folder, flag):
 
 
 def write_file(path, content):
-    """Write bytes, or what torch.save takes: the path always holds the old or the new, whole."""
+    """Write bytes, or what torch.save takes; the path holds the old or the new, whole."""
     if not isinstance(content, bytes):
-        buffer = io.BytesIO()  # on a full disk torch.save itself does not say what is wrong
+        buffer = io.BytesIO()  # torch.save itself does not say that a disk is full
         torch.save(content, buffer)
         content = buffer.getvalue()
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
@@ -249,7 +249,7 @@ def write_file(path, content):
 
 
 def pick_device(name=None):
-    """torch.device(name), by default that of a GPU if there is one; InputError if unusable."""
+    """torch.device(name), by default a GPU if there is one; InputError if unusable."""
     device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.ones(1, device=device).add(1).item()  # some builds have no kernels for some GPUs
@@ -277,7 +277,7 @@ def run_command(entry, config_class, speaks=lambda: True):
     What the user can mend ends in one line on stderr and status 2, a loss that is not finite
     in 1, an interruption in 130. speaks(): whether this process is the one to tell it.
     """
-    sys.stdout.reconfigure(line_buffering=True)  # a line per epoch shows at once in a pipe too
+    sys.stdout.reconfigure(line_buffering=True)  # in a pipe too
     config = tyro.cli(config_class, console_outputs=os.environ.get("RANK", "0") == "0")
     try:
         return entry(config)
