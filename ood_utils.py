@@ -162,10 +162,14 @@ def get_performance(pos, neg):
     return float(auroc), float(aupr), float(fpr95)
 
 
+def performance_line(auroc, aupr, fpr95):
+    """The three metrics, given in percent, as the published experiment printed them."""
+    return f"AUROC: {auroc:.4f}, AUPR: {aupr:.4f}, FPR95: {fpr95:.4f}"
+
+
 def show_performance(pos, neg):
     """Print AUROC, AUPR and FPR95 of get_performance on one line, in percent."""
-    auroc, aupr, fpr95 = (100 * metric for metric in get_performance(pos, neg))
-    print(f"AUROC: {auroc:.4f}, AUPR: {aupr:.4f}, FPR95: {fpr95:.4f}")
+    print(performance_line(*(100 * metric for metric in get_performance(pos, neg))))
 
 
 def errors_accepted(scores, correct):
@@ -297,10 +301,12 @@ def run_command(entry, config_class, speaks=lambda: True):
 def explain(error):
     """(message, exit status): one line where the user can mend it, else the traceback."""
     line = f"error: {' '.join(str(error).split())}"
+    if isinstance(error, InputError | OSError):
+        return line, 2
+    if isinstance(error, FloatingPointError):
+        return line, 1
     if "out of memory" in line or "can't allocate memory" in line:
         return "error: Out of memory: pass a smaller --batch-size.", 2
     if "by peer" in line:  # gloo: a connection was closed or reset
         return "error: Another process of this run was ended.", 1
-    if isinstance(error, InputError | OSError):
-        return line, 2
-    return (line if isinstance(error, FloatingPointError) else traceback.format_exc()), 1
+    return traceback.format_exc(), 1

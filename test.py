@@ -98,7 +98,7 @@ def check_closed_set(path, model, dataset):
 def name_sets(ood_types, dataset):
     """Return {name: OOD type}; the set of a folder has the folder's name."""
     sets = {}
-    known = [CLOSED, *ood_data.NOISES, *ood_data.OOD_IMAGES]
+    known = [*ood_data.NOISES, *ood_data.OOD_IMAGES]
     for ood_type in dict.fromkeys(ood_types):
         ood_data.check_ood_type(ood_type, dataset)
         name = ood_type if ood_type in known else Path(ood_type).expanduser().resolve().name
@@ -214,7 +214,7 @@ def print_report(results):
                 missing = "misclassified" if row.positives else "correctly classified"
                 print(f"AUROC: n/a, AUPR: n/a, FPR95: n/a (no {missing} test image)")
             else:
-                print(f"AUROC: {row.auroc:.4f}, AUPR: {row.aupr:.4f}, FPR95: {row.fpr95:.4f}")
+                print(ood_utils.performance_line(row.auroc, row.aupr, row.fpr95))
 
 
 def spread(values):

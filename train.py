@@ -113,8 +113,7 @@ def get_loader(
     The training split is shuffled, cropped and flipped anew in each epoch unless
     augment=False. Raises InputError where the set is unknown or cannot be had.
     """
-    read = (ood_data.read_closed_set, dataset, data_root, train)
-    data = first_on_each_machine(*read)
+    data = first_on_each_machine(ood_data.read_closed_set, dataset, data_root, train)
     if not (train and augment):
         return ImageLoader(*data, batch_size or ood_data.EVAL_BATCH_SIZE, device)
     rank, processes = get_ranks()
@@ -416,7 +415,7 @@ def resume(path, log, model, optimizer):
             print(f"starting over: the first save replaces {path}")
     elif finished:
         check_same_settings(path, done, log)
-        from_torchvision(model, load_file(path))
+        model.load_state_dict(load_network(path).state_dict())
         log["epochs"] = done["epochs"]
         print(f"finished: {path} has all {len(log['epochs'])} epochs")
     elif state_path.exists():
@@ -476,7 +475,7 @@ def only_run_of(path):
 
 
 def pick_precision(precision, device):
-    """ "auto" is bfloat16 where the device multiplies it natively, else float32."""
+    """The precision; for "auto", bfloat16 where the device has it natively, else float32."""
     native = False
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -556,8 +555,11 @@ def first_to_fail():
     if not dist.is_torchelastic_launched():
         return True
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=5))
-    return store.add(f"failures of start {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+    try:
+        store = dist.TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=5))
+        return store.add(f"failures of start {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+    except RuntimeError:  # torchrun has ended: better told twice than not
+        return True
 
 
 if __name__ == "__main__":

@@ -328,6 +328,9 @@ def test_a_gpu_without_kernels_is_found_by_launching_one(monkeypatch):
     (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "pass a smaller --batch-size", 2),
     (MemoryError("out of memory"), "pass a smaller --batch-size", 2),
     (InputError("two\nlines"), "error: two lines", 2),
+    (InputError("no download (Connection reset by peer)"), "error: no download (Connection", 2),
+    (OSError("a disk out of memory"), "error: a disk out of memory", 2),
+    (RuntimeError("gloo: Connection reset by peer"), "error: Another process of this run", 1),
     (FloatingPointError("The loss is nan"), "error: The loss is nan", 1),
     (RuntimeError("a fault of ours"), "RuntimeError: a fault of ours", 1),
 ])  # fmt: skip

@@ -128,6 +128,15 @@ def test_of_several_errors_the_first_is_told(monkeypatch):
     assert not train.first_to_fail()
     train.first_to_fail.cache_clear()
 
+    def gone(*args, **options):
+        raise dist.DistNetworkError("the store has ended")
+
+    monkeypatch.setattr(dist, "TCPStore", gone)
+    with pytest.raises(ood_utils.InputError), train.process_group():
+        raise ood_utils.InputError("is told all the same")
+    assert train.first_to_fail()
+    train.first_to_fail.cache_clear()
+
 
 def test_two_processes_take_the_steps_of_one_and_a_failed_run_is_resumed_by_one(
     torchruns, tmp_path, monkeypatch, capsys

@@ -281,6 +281,9 @@ def test_a_finished_run_is_not_started_over(class_folder, tmp_path, capsys):
         train_quietly(class_folder, path, resume=True)
     assert {file: file.read_bytes() for file in tmp_path.glob("a.*")} == before
     assert torch.equal(model.fc.weight, torch.load(path, weights_only=True)["fc.weight"])
+    torch.save({"another": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="a.pth is not a ResNet-18"):
+        train_quietly(class_folder, path, epochs=2, resume=True)
 
 
 @pytest.mark.parametrize("option,message", [
