@@ -421,13 +421,13 @@ def output_path(config, path, ending):
     return folder / path.with_suffix(ending).name
 
 
-def evaluate(config=None):
-    """Evaluate checkpoints, write and print the report; return what the JSON holds.
+def load(config):
+    """Read and check everything that a Config names, before anything is scored.
 
-    config: a Config, by default the published evaluation. Raises InputError or OSError; an
-    OOD set that cannot be had is listed under "skipped".
+    Returns what the JSON says of it, and the checkpoints' paths, their networks, and
+    {name: loader}, the closed set's first. Raises InputError or OSError; an OOD set that
+    cannot be had is listed under "skipped".
     """
-    config = config or Config()
     if config.batch_size < 1 or config.seed < 0:
         raise InputError("--batch-size must be at least 1 and --seed at least 0.")
     dataset = config.dataset or ood_data.DATASET
@@ -452,8 +452,17 @@ def evaluate(config=None):
         False, dataset, config.data_root, config.batch_size, device=device
     )
     loaders, results["skipped"] = build_loaders(config, sets, test_loader, device)
+    return results, paths, [model.to(device) for model in networks], loaders
 
-    scored = [score_sets(model.to(device), loaders) for model in networks]
+
+def evaluate(config=None):
+    """Evaluate checkpoints, write and print the report; return what the JSON holds.
+
+    config: a Config, by default the published evaluation. Raises what load raises.
+    """
+    config = config or Config()
+    results, paths, networks, loaders = load(config)
+    scored = [score_sets(model, loaders) for model in networks]
     measured = [
         measure_checkpoint(path, *arrays) for path, arrays in zip(paths, scored, strict=True)
     ]
@@ -462,7 +471,7 @@ def evaluate(config=None):
     results["sets"] = [row for _, _, rows in measured for row in rows]
 
     files = {}
-    if len(loaders) > 1 or not sets:  # where every set was skipped, what is there is kept
+    if len(loaders) > 1 or not config.ood_types:  # where every set was skipped, the old are kept
         files = write_results(config, paths, results, scored, loaders)
     print_report(results)
     print_tables(results)
