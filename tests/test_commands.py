@@ -169,14 +169,13 @@ def test_tables_show_their_own_figures_and_the_published_run(capsys):
     assert ["svhn", "11.00 +- 1.41", "11.00 +- 1.41"] in tables  # by the scores of the file
 
 
-@pytest.mark.parametrize("score", ["energy", "gen"])
-def test_the_report_follows_the_score(in_digits_run, command, score):
-    flags = ["--dataset", "digits", "--ood-types", "rademacher", "--score", score]
+def test_the_report_follows_the_score(in_digits_run, command):
+    flags = ["--dataset", "digits", "--ood-types", "rademacher", "--score", "gen"]
     _, out, _ = command("test.py", *flags)
     rows = json.loads((in_digits_run / "digits_resnet18.ood.json").read_text())["rows"]
-    (row,) = (row for row in rows if (row["set"], row["score"]) == ("rademacher", score))
+    (row,) = (row for row in rows if (row["set"], row["score"]) == ("rademacher", "gen"))
     assert f"AUROC: {row['auroc']:.4f}," in out.splitlines()[3]
-    assert f"\n{score}, in percent" in out
+    assert "\ngen, in percent" in out
 
 
 def test_sets_that_cannot_be_had_are_skipped_and_files_kept(
@@ -243,7 +242,7 @@ def test_an_unfinished_run_is_named_as_such(cut_run, command, tmp_path):
     assert status == 0 and "is of an unfinished run, 1 of 4 epochs" in err
 
 
-@pytest.mark.parametrize("sets,checkpoints", [(1, 1), (4, 1), (7, 3), (12, 5)])
+@pytest.mark.parametrize("sets,checkpoints", [(4, 1), (12, 5)])
 def test_the_picture_holds_all_that_it_names(sets, checkpoints, in_digits_run):
     """Nothing but white along its borders, and as many colours as sets."""
     rng = np.random.default_rng(0)

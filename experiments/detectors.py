@@ -1,0 +1,165 @@
+"""What does a noise set do to a comparison of OOD detectors?
+
+    python experiments/detectors.py --checkpoint seed0.pth seed1.pth --ood-types gaussian svhn
+
+Takes the options of test.py. Scores its sets with 21 detectors of pytorch-ood at their defaults;
+nothing is tuned on OOD data. What needs fitting is fitted on the training images, not augmented.
+Prints AUROCs, on how many networks each detector is better than MaxSoftmax, and the correlation of
+the detectors' ranks on noises with those on images; writes results/detectors.json (--output).
+"""
+
+import copy
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+from pytorch_ood import detector as library
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ood_data
+import ood_utils
+import test as evaluation
+import train
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+NOISES, IMAGES = "mean of noises", "mean of images"
+SAME_AS = {  # what test.py calls the same score
+    "MaxSoftmax": "msp",
+    "MaxLogit": "max_logit",
+    "EnergyBased": "energy",
+    "Entropy": "entropy",
+    "GEN": "gen",
+}
+
+
+def build_detectors(model):
+    """{name: detector}, not yet fitted; all but ODIN get logits or features, on the CPU."""
+    last = copy.deepcopy(model.fc).cpu().requires_grad_(False)
+    head = nn.Sequential(nn.Flatten(), last)  # takes feature maps of 1x1
+    return {
+        "MaxSoftmax": library.MaxSoftmax(None),
+        "MaxLogit": library.MaxLogit(None),
+        "EnergyBased": library.EnergyBased(None),
+        "Entropy": library.Entropy(None),
+        "GEN": library.GEN(None),
+        "TemperatureScaling": library.TemperatureScaling(None),
+        "KLMatching": library.KLMatching(None),
+        "ODIN": library.ODIN(model),
+        "ReAct": library.ReAct(None, head),
+        "ASH": library.ASH(None, head),
+        "SCALE": library.SCALE(None, head),
+        "VRA": library.VRA(None, head),
+        "DICE": library.DICE(None, last.weight, last.bias, p=0.9),  # has no default: OpenOOD's
+        "ViM": library.ViM(None, 256, last.weight, last.bias),  # has no default: half of 512
+        "KNN": library.KNN(None),
+        "Mahalanobis": library.Mahalanobis(None),
+        "RMD": library.RMD(None),
+        "SHE": library.SHE(None, last),
+        "fDBD": library.fDBD(None, last),
+        "NNGuide": library.NNGuide(None, last),
+        "NCI": library.NCI(None, last),
+    }
+
+
+def represent(model, loader):
+    """What a detector may take, on the CPU: {name: float32 (N, ...)}."""
+    features = ood_utils.get_features(model, loader)
+    last = copy.deepcopy(model.fc).cpu().requires_grad_(False)
+    maps = features[:, :, None, None]
+    return {"logits": last(features), "features": features, "feature_maps": maps}
+
+
+def fit(detector, inputs, labels):
+    for name, values in inputs.items():
+        if hasattr(detector, f"fit_{name}"):
+            getattr(detector, f"fit_{name}")(values, labels)
+
+
+def score(detector, inputs, loader):
+    """Scores float64 (N,), higher for in-distribution: the library's point the other way."""
+    predict, batches = detector.predict, (images for images, _ in loader)
+    for name, values in inputs.items():
+        if hasattr(detector, f"predict_{name}"):
+            predict, batches = getattr(detector, f"predict_{name}"), values.split(1000)
+    outlier_scores = [predict(batch).detach().cpu() for batch in batches]
+    return -torch.cat(outlier_scores).double()
+
+
+def get_aurocs(scores):
+    """{set: AUROC in percent} of {set: scores (N,)}, the closed set's among them."""
+    closed = scores[evaluation.CLOSED]
+    others = {name: values for name, values in scores.items() if name != evaluation.CLOSED}
+    return {
+        name: 100 * ood_utils.get_performance(closed, values)[0] for name, values in others.items()
+    }
+
+
+def compare(config):
+    """Score every set with every detector; print the tables, write and return the JSON."""
+    config.output = config.output or str(RESULTS)
+    results, paths, networks, loaders = evaluation.load(config)
+    results["versions"]["pytorch-ood"] = version("pytorch-ood")
+    dataset, device = results["config"]["dataset"], loaders[evaluation.CLOSED].images.device
+    training = train.get_loader(
+        True, dataset, config.data_root, config.batch_size, device=device, augment=False
+    )
+    results["rows"] = []
+    for path, model in zip(paths, networks, strict=True):
+        to_fit = represent(model, training)
+        sets = {name: represent(model, loader) for name, loader in loaders.items()}
+        for name, detector in tqdm(build_detectors(model).items(), path.stem, disable=None):
+            fit(detector, to_fit, training.labels.cpu())
+            aurocs = get_aurocs({key: score(detector, sets[key], loaders[key]) for key in sets})
+            ours = {}
+            if name in SAME_AS:
+                our_score = ood_utils.SCORES[SAME_AS[name]]
+                ours = get_aurocs({key: our_score(sets[key]["logits"].double()) for key in sets})
+            for key, auroc in aurocs.items():
+                row = {"checkpoint": str(path), "set": key, "detector": name, "auroc": auroc}
+                results["rows"].append(row | {"auroc_of_test_py": ours.get(key)})
+    print_tables(results)
+    file = Path(config.output).expanduser() / "detectors.json"
+    ood_utils.write_file(file, json.dumps(results, indent=1).encode())
+    return results
+
+
+def print_tables(results):
+    """Three tables, and the rank correlation, of what the JSON holds."""
+    rows = pd.DataFrame(results["rows"])
+    kind = rows["set"].isin(list(ood_data.NOISES)).map({True: NOISES, False: IMAGES})
+    keys = ["checkpoint", "set", "detector"]
+    means = rows.assign(set=kind).groupby(keys, sort=False)["auroc"].mean().reset_index()
+    table = pd.concat([rows, means])
+    table = table.pivot_table("auroc", "detector", "set", evaluation.spread, sort=False)
+    evaluation.print_table(table, "AUROC")
+
+    aurocs = rows.pivot_table("auroc", ["checkpoint", "set"], "detector", sort=False)
+    wins = aurocs.gt(aurocs["MaxSoftmax"], axis=0).groupby("set", sort=False).sum().T
+    wins = wins.drop("MaxSoftmax").astype(str)
+    count = rows["checkpoint"].nunique()
+    evaluation.print_table(wins, f"networks, of {count}, on which it is above MaxSoftmax")
+
+    correlations = []
+    for _, of_network in means.groupby("checkpoint"):
+        ranks = of_network.pivot_table("auroc", "detector", "set").rank()
+        if ranks.shape[1] == 2:
+            correlations.append(ranks[NOISES].corr(ranks[IMAGES]))
+    if correlations:
+        print("Correlation of the detectors' ranks by the mean of noises with those by the mean")
+        print(f"of images (Spearman), by network: {evaluation.spread(correlations)}\n")
+
+    rows["difference"] = rows["auroc"] - rows["auroc_of_test_py"]
+    same = rows.dropna(subset="difference")
+    differences = same.pivot_table("difference", "detector", "set", evaluation.spread, sort=False)
+    evaluation.print_table(differences, "AUROC minus that of test.py's score of the name")
+    for name, reason in results["skipped"].items():
+        print(f"skipped {name}: {reason}")
+
+
+if __name__ == "__main__":
+    ood_utils.run_command(compare, evaluation.Config)

@@ -1,0 +1,140 @@
+"""The experiments on digits, against torchvision's network and figures known by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+from torchvision.models import resnet18
+
+import ood_data
+import test as evaluation
+import train
+from experiments import detectors, float16, published_test_pass
+from ood_utils import InputError, get_features, get_performance
+
+CHECKPOINT = "digits_resnet18.pth"
+
+
+def config(folder, *sets):
+    return evaluation.Config((CHECKPOINT,), ood_types=sets, output=str(folder), device="cpu")
+
+
+def cells(capsys):
+    lines = capsys.readouterr().out.splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+
+
+def test_the_published_test_pass_is_a_test_in_train_mode(in_digits_run):
+    """The statistics that torchvision's network has after the usual loop without model.eval()."""
+    loader = train.get_loader(False, "digits", batch_size=128)
+    full = resnet18(num_classes=10)
+    full.load_state_dict(torch.load(CHECKPOINT, weights_only=True))
+    with torch.no_grad():
+        for images, _ in loader:  # 128, 128 and 104
+            full.train()(images)
+    model = train.load_network(CHECKPOINT)
+    published_test_pass.published_test_pass(model, loader.images, np.arange(360))
+    assert not model.training
+    expected = full.state_dict()
+    for name, value in train.to_torchvision(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_table_of_the_test_pass_by_hand(capsys):
+    """Two networks, three passes: 46.30 lies within 46 to 48, 81.98 not within 82 to 84."""
+    error_rates = {"none": (43.0, 44.0), "order 0": (46.0, 47.5), "order 1": (46.5, 48.0)}
+    rows = [
+        {"checkpoint": path, "test_pass": name, "set": evaluation.SPLIT, "score": "msp"}
+        | {"error_rate": rate, "auroc": 128.0 + i - rate, "aupr": 50.0, "fpr95": 50.0}
+        for name, rates in error_rates.items()
+        for i, (path, rate) in enumerate(zip(("a", "b"), rates, strict=True))
+    ]
+    results = {"config": {"dataset": "cifar100", "score": "msp"}, "skipped": {}, "rows": rows}
+    published_test_pass.print_tables(results)
+    title, _, error_rate, auroc, *_ = cells(capsys)
+    assert title[1:] == [
+        "before", "after", "between orders", "after, range", "published", "in the range"
+    ]  # fmt: skip
+    after = f"{(46.25 + 47.75) / 2:.2f} +- {1.5 / 2**0.5:.2f}"
+    before = "43.50 +- 0.71"
+    assert error_rate[1:] == [before, after, "0.50", "46.00 to 48.00", "46.30", "yes"]
+    assert auroc[4:] == ["81.00 to 82.00", "81.98", "yes"]
+
+
+def test_a_rounded_file_is_torchvisions_and_has_the_figures_shown(in_digits_run, tmp_path):
+    results = float16.measure_rounding(config(tmp_path, "photos"))
+    rounded = tmp_path / CHECKPOINT
+    assert rounded.stat().st_size < 10e6 < (in_digits_run / CHECKPOINT).stat().st_size
+    state = torch.load(rounded, weights_only=True)
+    assert state["fc.weight"].dtype == torch.float16
+    resnet18(num_classes=10).load_state_dict(state)
+    shown = [row for row in results["rows"] if row.pop("weights") == "float16"]
+    of_file = evaluation.evaluate(evaluation.Config((str(rounded),), ood_types=("photos",)))
+    for row, other in zip(shown, of_file["rows"], strict=True):
+        figures = {name: value for name, value in row.items() if name in float16.METRICS}
+        assert figures == {name: other[name] for name in figures} and row["set"] == other["set"]
+    assert shown[0]["error_rate"] == of_file["checkpoints"][0]["error_rate"]
+    assert json.loads((tmp_path / "float16.json").read_text())["rows"]
+    with pytest.raises(InputError, match="would replace"):
+        float16.measure_rounding(config(in_digits_run, "photos"))
+
+
+def test_the_largest_change_by_rounding_by_hand(capsys):
+    rows = [
+        {"checkpoint": path, "weights": weights, "set": "svhn", "score": "msp"}
+        | {"error_rate": value, "auroc": 2 * value, "aupr": -value, "fpr95": 50.0}
+        for path, weights, value in (
+            ("a", "float32", 40.0),
+            ("a", "float16", 40.5),
+            ("b", "float32", 40.0),
+            ("b", "float16", 39.25),
+        )
+    ]
+    float16.print_tables({"config": {"score": "msp"}, "skipped": {}, "rows": rows})
+    out = capsys.readouterr()
+    assert "at most 0.75 points" in out.out and "1.50 |   0.75 |    0.00 |" in out.out
+
+
+def test_detectors_are_those_of_the_library(in_digits_run, tmp_path):
+    """MaxSoftmax is test.py's MSP; KNN is the distance to the 50th neighbour, by torch.cdist."""
+    results = detectors.compare(config(tmp_path, "photos"))
+    aurocs = {row["detector"]: row for row in results["rows"]}
+    assert len(aurocs) == 21
+    for name in ("MaxSoftmax", "MaxLogit", "EnergyBased", "Entropy"):
+        row = aurocs[name]
+        assert row["auroc"] == pytest.approx(row["auroc_of_test_py"], abs=0.01)
+    model = train.load_network(CHECKPOINT)
+    known = normalize(get_features(model, train.get_loader(True, "digits", augment=False)))
+    loaders = train.get_loader(False, "digits"), ood_data.build_ood_loader("photos", 72)
+    scores = [
+        -torch.cdist(normalize(get_features(model, loader)), known).kthvalue(50)[0]
+        for loader in loaders
+    ]
+    expected = 100 * get_performance(*scores)[0]
+    assert aurocs["KNN"]["auroc"] == pytest.approx(expected, abs=0.05)
+    assert json.loads((tmp_path / "detectors.json").read_text())["rows"] == results["rows"]
+
+
+def test_the_tables_of_the_detectors_by_hand(capsys):
+    """Two networks. Noises give the order A B C twice; images A C B, then C B A: 0.5 and -1."""
+    figures = {  # detector: AUROCs on a noise, then on images, of both networks
+        "MaxSoftmax": (90, 80, 70, 50),
+        "B": (80, 70, 50, 60),
+        "C": (70, 60, 60, 70),
+    }
+    rows = [
+        {"checkpoint": "ab"[i % 2], "set": name, "detector": detector, "auroc": float(aurocs[i])}
+        | {"auroc_of_test_py": aurocs[i] - 1.0 if detector == "C" else None}
+        for detector, aurocs in figures.items()
+        for i, name in enumerate(("blob", "blob", "svhn", "svhn"))
+    ]
+    detectors.print_tables({"rows": rows, "skipped": {}})
+    out = capsys.readouterr().out
+    assert "by network: -0.25 +- 1.06" in out
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    means = "75.00 +- 7.07 | 55.00 +- 7.07"
+    assert f"| B | {means} | {means} |" in lines
+    assert "| B | 0 | 1 |" in lines and "| C | 0 | 1 |" in lines
+    assert "| C | 1.00 +- 0.00 | 1.00 +- 0.00 |" in lines
