@@ -37,9 +37,8 @@ SAME_AS = {  # what test.py calls the same score
 }
 
 
-def build_detectors(model):
-    """{name: detector}, not yet fitted; all but ODIN get logits or features, on the CPU."""
-    last = copy.deepcopy(model.fc).cpu().requires_grad_(False)
+def build_detectors(model, last):
+    """{name: detector}, not yet fitted; all but ODIN get what enters or leaves the last layer."""
     head = nn.Sequential(nn.Flatten(), last)  # takes feature maps of 1x1
     return {
         "MaxSoftmax": library.MaxSoftmax(None),
@@ -66,10 +65,9 @@ def build_detectors(model):
     }
 
 
-def represent(model, loader):
+def represent(model, last, loader):
     """What a detector may take, on the CPU: {name: float32 (N, ...)}."""
     features = ood_utils.get_features(model, loader)
-    last = copy.deepcopy(model.fc).cpu().requires_grad_(False)
     maps = features[:, :, None, None]
     return {"logits": last(features), "features": features, "feature_maps": maps}
 
@@ -103,6 +101,9 @@ def compare(config):
     """Score every set with every detector; print the tables, write and return the JSON."""
     config.output = config.output or str(RESULTS)
     results, paths, networks, loaders = evaluation.load(config)
+    if len(loaders) == 1:
+        skipped = "; ".join(results["skipped"].values())
+        raise ood_utils.InputError(f"No OOD set to compare on: pass --ood-types. {skipped}")
     results["versions"]["pytorch-ood"] = version("pytorch-ood")
     dataset, device = results["config"]["dataset"], loaders[evaluation.CLOSED].images.device
     training = train.get_loader(
@@ -110,9 +111,10 @@ def compare(config):
     )
     results["rows"] = []
     for path, model in zip(paths, networks, strict=True):
-        to_fit = represent(model, training)
-        sets = {name: represent(model, loader) for name, loader in loaders.items()}
-        for name, detector in tqdm(build_detectors(model).items(), path.stem, disable=None):
+        last = copy.deepcopy(model.fc).cpu().requires_grad_(False)
+        to_fit = represent(model, last, training)
+        sets = {name: represent(model, last, loader) for name, loader in loaders.items()}
+        for name, detector in tqdm(build_detectors(model, last).items(), path.stem, disable=None):
             fit(detector, to_fit, training.labels.cpu())
             aurocs = get_aurocs({key: score(detector, sets[key], loaders[key]) for key in sets})
             ours = {}

@@ -115,6 +115,8 @@ def test_detectors_are_those_of_the_library(in_digits_run, tmp_path):
     expected = 100 * get_performance(*scores)[0]
     assert aurocs["KNN"]["auroc"] == pytest.approx(expected, abs=0.05)
     assert json.loads((tmp_path / "detectors.json").read_text())["rows"] == results["rows"]
+    with pytest.raises(InputError, match="pass --ood-types"):
+        detectors.compare(config(tmp_path))
 
 
 def test_the_tables_of_the_detectors_by_hand(capsys):
