@@ -445,7 +445,9 @@ def load(config):
     for output in outputs:
         ood_utils.check_writable(output.parent, "--output")
     device = ood_utils.pick_device(config.device)
-    results = {"config": asdict(config) | {"dataset": dataset, "ood_types": list(sets)}}
+    settings = asdict(config) | {"dataset": dataset, "ood_types": list(sets)}
+    del settings["output"]  # no figure depends on it
+    results = {"config": settings}
     results |= ood_utils.describe(device)
     print(f"device: {results['device']}, float32", file=sys.stderr)
     test_loader = train.get_loader(

@@ -155,7 +155,7 @@ def print_tables(results):
         print("Correlation of the detectors' ranks by the mean of noises with those by the mean")
         print(f"of images (Spearman), by network: {evaluation.spread(correlations)}\n")
 
-    rows["difference"] = rows["auroc"] - rows["auroc_of_test_py"]
+    rows["difference"] = (rows["auroc"] - rows["auroc_of_test_py"]).round(2) + 0.0  # no -0.00
     same = rows.dropna(subset="difference")
     differences = same.pivot_table("difference", "detector", "set", evaluation.spread, sort=False)
     evaluation.print_table(differences, "AUROC minus that of test.py's score of the name")

@@ -79,7 +79,8 @@ def summarise(values, published=None):
     }
     if published is None:
         return line | {"published": "", "in the range": ""}
-    inside = "yes" if low <= published <= high else "no"
+    outside_by = max(low - published, published - high)
+    inside = "yes" if outside_by <= 0 else f"no, by {outside_by:.2f}"
     return line | {"published": f"{published:.2f}", "in the range": inside}
 
 
