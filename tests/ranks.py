@@ -37,7 +37,7 @@ def eventful_step(what, *args, steps=[]):  # noqa: B006
     if what == "full" and len(steps) == 5 and os.environ["RANK"] == "1":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     if what == "slow":
-        time.sleep(0.1)
+        time.sleep(0.5)
     return train_step(*args)
 
 
