@@ -4,8 +4,9 @@
 
 Takes the options of test.py. Scores its sets with 21 detectors of pytorch-ood at their defaults;
 nothing is tuned on OOD data. What needs fitting is fitted on the training images, not augmented.
-Prints AUROCs, on how many networks each detector is better than MaxSoftmax, and the correlation of
-the detectors' ranks on noises with those on images; writes results/detectors.json (--output).
+Prints AUROCs, on how many networks each detector is better than MaxSoftmax, and how the detectors'
+ranks correlate between sets, and between noises and images; writes results/detectors.json, or into
+--output.
 """
 
 import copy
@@ -131,7 +132,7 @@ def compare(config):
 
 
 def print_tables(results):
-    """Three tables, and the rank correlation, of what the JSON holds."""
+    """AUROC, wins, correlations of ranks (Spearman's), and the differences to test.py's scores."""
     rows = pd.DataFrame(results["rows"])
     kind = rows["set"].isin(list(ood_data.NOISES)).map({True: NOISES, False: IMAGES})
     keys = ["checkpoint", "set", "detector"]
@@ -145,6 +146,10 @@ def print_tables(results):
     wins = wins.drop("MaxSoftmax").astype(str)
     count = rows["checkpoint"].nunique()
     evaluation.print_table(wins, f"networks, of {count}, on which it is above MaxSoftmax")
+
+    order = list(rows["set"].unique())
+    ranks = rows.pivot_table("auroc", "detector", "set")[order].rank()
+    evaluation.print_table(ranks.corr().map("{:.2f}".format), "correlation of ranks")
 
     correlations = []
     for _, of_network in means.groupby("checkpoint"):

@@ -27,7 +27,6 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 BATCH_SIZE = 128
 ORDERS = 3  # of the test images: as they lie in the data set, and shuffled ones
 BEFORE = "none"
-BY = ("checkpoint", "test_pass")
 METRICS = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}
 
 
@@ -48,6 +47,8 @@ def ask(config):
     config.output = config.output or str(RESULTS)
     results, paths, networks, loaders = evaluation.load(config)
     images = loaders[evaluation.CLOSED].images
+    if len(images) % BATCH_SIZE == 1:
+        raise ood_utils.InputError("Batch norm cannot be trained on a last batch of one image.")
     orders = {BEFORE: None, "order 0": np.arange(len(images))}
     for seed in range(1, ORDERS):
         orders[f"order {seed}"] = np.random.default_rng(seed).permutation(len(images))
@@ -67,8 +68,13 @@ def ask(config):
     return results
 
 
+def by_pass(rows, figure):
+    """A figure as a table: a row a network, a column a test pass."""
+    return rows.pivot(index="checkpoint", columns="test_pass", values=figure).astype(float)
+
+
 def summarise(values, published=None):
-    """A line of the table, of one figure: a row of `values` is a network, a column a test pass."""
+    """A line of the table; values: what by_pass returns."""
     after = values.drop(columns=BEFORE)
     low, high = after.min(axis=None), after.max(axis=None)
     line = {
@@ -85,16 +91,17 @@ def summarise(values, published=None):
 
 
 def print_tables(results):
-    """A line a figure; the range is over all networks and orders."""
+    """A line a figure; the range is over networks and orders, "between orders" within a network."""
     rows = pd.DataFrame(results["rows"])
     rows = rows[rows["score"] == results["config"]["score"]]
     published = evaluation.published_of(results)
     error_rate = evaluation.PUBLISHED_ERROR_RATE if published else None
-    lines = {"error rate": summarise(rows.pivot_table("error_rate", *BY), error_rate)}
+    split = rows[rows["set"] == evaluation.SPLIT]
+    lines = {"error rate": summarise(by_pass(split, "error_rate"), error_rate)}
     for name, of_set in rows.groupby("set", sort=False):
         known = published.get(name, [None] * len(METRICS))
         for (metric, title), figure in zip(METRICS.items(), known, strict=True):
-            lines[f"{name}, {title}"] = summarise(of_set.pivot_table(metric, *BY), figure)
+            lines[f"{name}, {title}"] = summarise(by_pass(of_set, metric), figure)
     evaluation.print_table(pd.DataFrame(lines).T, "test pass in train mode")
     for name, reason in results["skipped"].items():
         print(f"skipped {name}: {reason}")

@@ -42,6 +42,12 @@ def test_the_published_test_pass_is_a_test_in_train_mode(in_digits_run):
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_last_batch_of_one_image_is_refused(in_digits_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(published_test_pass, "BATCH_SIZE", 359)
+    with pytest.raises(InputError, match="last batch of one image"):
+        published_test_pass.ask(config(tmp_path, "photos"))
+
+
 def test_the_table_of_the_test_pass_by_hand(capsys):
     """Two networks, three passes: 46.30 lies within 46 to 48, 85.74 not within 50 to 50."""
     error_rates = {"none": (43.0, 44.0), "order 0": (46.0, 47.5), "order 1": (46.5, 48.0)}

@@ -82,43 +82,60 @@ def test_the_text_speaks_of_these_runs():
     assert "error rate ({:.2f} and {:.2f})".format(*errors) in text
     assert "AUROC of {:.2f} and {:.2f}, in".format(*aurocs(SEEDS, "rademacher")) in text
     assert "{:.2f}, {:.2f} and {:.2f}.".format(*aurocs(EARLIER, "rademacher")) in text
-    assert f"`msp` is ahead of it, {msp:.2f} to {max_logit:.2f}." in text
+    assert f"`msp` is ahead of it, {msp:.2f} to {max_logit:.2f}, and" in text
     found = [auroc for name in images for auroc in aurocs(SEEDS, name)]
     assert f"AUROC of {min(found):.0f} to {max(found):.0f}. From" in text
     assert max(np.ptp(aurocs(SEEDS, name)) for name in images) < 2.5
     earlier_images = [name for name in EARLIER["config"]["ood_types"] if name not in NOISES]
     assert max(np.ptp(aurocs(EARLIER, name)) for name in earlier_images) < 3.1
     assert 42 < max(np.ptp(aurocs(EARLIER, name)) for name in NOISES) < 43
-    for name in images:
-        assert np.less(aurocs(SEEDS, name), aurocs(SEEDS, name, "max_logit")).all()
+    for results, names in ((SEEDS, images), (EARLIER, earlier_images)):
+        for name in names:
+            assert np.less(aurocs(results, name), aurocs(results, name, "max_logit")).all()
+    by_set = [
+        np.subtract(aurocs(EARLIER, name), aurocs(EARLIER, name, "max_logit"))
+        for name in EARLIER["config"]["ood_types"]
+    ]
+    assert (np.mean(by_set, axis=0) < 0).sum() == 1
     classes = {name: [] for name in sets}
     for row in SEEDS["sets"]:
         classes.setdefault(row["set"], []).append(row["effective_classes"])
     means = [np.mean(classes[name]) for name in ("rademacher", "gaussian", "cifar10")]
-    found = (
-        "rademacher's for {:.1f} effective classes, gaussian's for {:.1f}; CIFAR-10's for {:.1f}"
-    )
+    found = "({:.1f} effective ones; gaussian's for {:.1f}, CIFAR-10's for {:.1f})"
     assert found.format(*means) in text
 
 
 def test_the_findings_of_the_experiments_are_in_their_files(capsys):
     text = " ".join(EXPERIMENTS.split())
     published_test_pass.print_tables(TEST_PASS)
-    inside = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[2:18]]
-    outside_by = sorted(float(cell.removeprefix("no, by ")) for cell in inside if cell != "yes")
-    assert (inside.count("yes"), len(outside_by)) == (8, 8) and "8 lie in the range" in text
-    assert f"outside it by at most {outside_by[-2]} points" in text and outside_by[-1] > 5
+    lines = capsys.readouterr().out.splitlines()[2:18]
+    cells = [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines]
+    outside_by = sorted(float(row[5].removeprefix("no, by ")) for row in cells if row[5] != "yes")
+    assert len(cells) == 16 and len(outside_by) == 8 and "of all 16 figures 8 lie in" in text
+    assert f"outside it by at most {outside_by[-2]} points" in text and outside_by[-1] == 9
+    away = [[abs(float(row[i].split()[0]) - float(row[4])) for i in (0, 1)] for row in cells]
+    assert sum(after < before for before, after in away) == 8
     after = re.search(r"\| error rate +\|[^|]+\| +(.*?) \|", EXPERIMENTS)[1]
     assert f"error rate of {after}%" in " ".join(README.split())
 
     detectors.print_tables(DETECTORS)
     correlation = re.search("by network: (.*)", capsys.readouterr().out)[1]
-    assert f"by network, is {correlation}. " in text
-    assert f"uncorrelated ({correlation})" in README
+    assert f"by network, is {correlation}; " in text
+    assert f"uncorrelated ({correlation})" in " ".join(README.split())
     ranks = pd.DataFrame(DETECTORS["rows"])
     ranks = ranks.assign(noise=ranks["set"].isin(list(NOISES)))
     ranks = ranks.pivot_table("auroc", "detector", "noise").rank(ascending=False)
     assert list(ranks.loc["Mahalanobis"]) == [19, 1] and list(ranks.loc["DICE"]) == [3, 21]
+    by_set = pd.DataFrame(DETECTORS["rows"]).pivot_table("auroc", "detector", "set")
+    by_set = by_set.rank(ascending=False)
+    for name in ("gaussian", "rademacher"):
+        assert by_set.loc["Mahalanobis", name] == 1 and by_set.loc["DICE", name] == 21
+    correlations = by_set.corr()
+    assert f"correlation {correlations.loc['gaussian', 'rademacher']:.2f})" in text
+    unlike = correlations.loc[
+        ["gaussian", "rademacher"], ["cifar10", "photos", "textures_10_of_47_classes"]
+    ]
+    assert f"({unlike.min(axis=None):.2f} to {unlike.max(axis=None):.2f})" in text
     wins = pd.DataFrame(DETECTORS["rows"]).pivot_table("auroc", ["set", "checkpoint"], "detector")
     wins = wins.gt(wins["MaxSoftmax"], axis=0)
     assert list(wins.columns[wins.all()]) == ["RMD"]
