@@ -158,12 +158,16 @@ def measure(pos, neg):
     return row
 
 
+def identify(path):
+    """Which file it was: what the JSON first says of a checkpoint."""
+    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
 def measure_checkpoint(path, scores, predictions, labels):
     """Return what the JSON holds of one checkpoint: its own figures, rows and sets."""
     correct = predictions[CLOSED] == labels
     closed = scores[CLOSED]
-    checkpoint = {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    checkpoint["error_rate"] = 100 * (1 - correct.mean())
+    checkpoint = identify(path) | {"error_rate": 100 * (1 - correct.mean())}
     checkpoint |= {"threshold": {}, "aurc": {}, "augrc": {}}
     rows = []
     for column, score in enumerate(SCORES):
@@ -447,7 +451,7 @@ def load(config):
     device = ood_utils.pick_device(config.device)
     settings = asdict(config) | {"dataset": dataset, "ood_types": list(sets)}
     del settings["output"]  # no figure depends on it
-    results = {"config": settings}
+    results = {"config": settings, "checkpoints": [identify(path) for path in paths]}
     results |= ood_utils.describe(device)
     print(f"device: {results['device']}, float32", file=sys.stderr)
     test_loader = train.get_loader(

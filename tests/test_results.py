@@ -1,5 +1,6 @@
 """The network in results/: its figures follow from its raw scores, and these from its weights."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -25,6 +26,15 @@ def arrays_of(kind):
 def test_the_weights_are_torchvisions():
     resnet18(num_classes=100).load_state_dict(torch.load(PATH, weights_only=True))
     assert PATH.stat().st_size < 9e6
+
+
+@pytest.mark.parametrize("name", [
+    "cifar100_seed0.ood", "cifar100_seeds.ood", "published_test_pass", "detectors"
+])  # fmt: skip
+def test_the_figures_are_of_these_weights(name):
+    results = json.loads((PATH.parent / f"{name}.json").read_text())
+    digest = hashlib.sha256(PATH.read_bytes()).hexdigest()
+    assert results["checkpoints"][0]["sha256"] == digest
 
 
 def test_every_figure_follows_from_the_raw_scores():
