@@ -158,16 +158,11 @@ def measure(pos, neg):
     return row
 
 
-def identify(path):
-    """Which file it was: what the JSON first says of a checkpoint."""
-    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
 def measure_checkpoint(path, scores, predictions, labels):
     """Return what the JSON holds of one checkpoint: its own figures, rows and sets."""
     correct = predictions[CLOSED] == labels
     closed = scores[CLOSED]
-    checkpoint = identify(path) | {"error_rate": 100 * (1 - correct.mean())}
+    checkpoint = {"path": str(path), "error_rate": 100 * (1 - correct.mean())}
     checkpoint |= {"threshold": {}, "aurc": {}, "augrc": {}}
     rows = []
     for column, score in enumerate(SCORES):
@@ -451,7 +446,10 @@ def load(config):
     device = ood_utils.pick_device(config.device)
     settings = asdict(config) | {"dataset": dataset, "ood_types": list(sets)}
     del settings["output"]  # no figure depends on it
-    results = {"config": settings, "checkpoints": [identify(path) for path in paths]}
+    results = {"config": settings, "checkpoints": []}
+    for path in paths:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        results["checkpoints"].append({"path": str(path), "sha256": digest})
     results |= ood_utils.describe(device)
     print(f"device: {results['device']}, float32", file=sys.stderr)
     test_loader = train.get_loader(
@@ -472,7 +470,8 @@ def evaluate(config=None):
     measured = [
         measure_checkpoint(path, *arrays) for path, arrays in zip(paths, scored, strict=True)
     ]
-    results["checkpoints"] = [checkpoint for checkpoint, _, _ in measured]
+    for checkpoint, (own, _, _) in zip(results["checkpoints"], measured, strict=True):
+        checkpoint |= own
     results["rows"] = [row for _, rows, _ in measured for row in rows]
     results["sets"] = [row for _, _, rows in measured for row in rows]
 
