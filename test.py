@@ -187,6 +187,12 @@ def measure_checkpoint(path, scores, predictions, labels):
 # Report
 
 
+def shown_rows(results):
+    """The rows of the score that report and picture are about, as a DataFrame."""
+    rows = pd.DataFrame(results["rows"])
+    return rows[rows["score"] == results["config"]["score"]]
+
+
 def published_of(results):
     """The published figures, where they are of this closed set and score."""
     config = results["config"]
@@ -195,8 +201,7 @@ def published_of(results):
 
 def print_report(results):
     """The published report: in-distribution, or correctly classified, is the positive class."""
-    rows = pd.DataFrame(results["rows"])
-    rows = rows[rows["score"] == results["config"]["score"]]
+    rows = shown_rows(results)
     for checkpoint in results["checkpoints"]:
         if len(results["checkpoints"]) > 1:
             print(f"checkpoint: {checkpoint['path']}")
@@ -252,8 +257,7 @@ def print_closed_set(results):
 
 def print_performance(results, positive, out=""):
     """The metrics of one convention; out: "" or "_out", the ending of their names in a row."""
-    rows = pd.DataFrame(results["rows"])
-    sets = rows[rows["score"] == results["config"]["score"]].groupby("set", sort=False)
+    sets = shown_rows(results).groupby("set", sort=False)
     table = sets[["auroc", f"aupr{out}", f"fpr95{out}"]].agg(spread)
     table.columns = ["AUROC", "AUPR", "FPR95"]
     table["chance AUPR"] = sets[f"chance_aupr{out}"].mean().map("{:.2f}".format)
@@ -370,8 +374,7 @@ def draw(results, scores, loaders):
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-    rows = pd.DataFrame(results["rows"])
-    rows = rows[rows["score"] == results["config"]["score"]]
+    rows = shown_rows(results)
     names = [name for name in scores if name != CLOSED]
     hues = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(names)))
     colours = dict(zip(names, hues, strict=True))
@@ -403,8 +406,11 @@ def draw(results, scores, loaders):
             pixels.axis("off")
             colour = colours.get(name, "0.5")
             draw_scores(axes, scores[CLOSED], scores[name], colour, bins, to_axis)
-            aurocs = [f"{auroc:.1f}" for auroc in rows[rows["set"] == name]["auroc"][:1]]
-            axes.set_title("  ".join([short(name), *aurocs]), loc="left", fontsize=8, color=colour)
+            title = short(name)
+            if name != CLOSED:
+                auroc = rows[rows["set"] == name]["auroc"].iloc[0]  # of the first checkpoint
+                title += f"  {auroc:.1f}"
+            axes.set_title(title, loc="left", fontsize=8, color=colour)
         content = io.BytesIO()
         figure.savefig(content, format="png")
     return content.getvalue()
@@ -466,14 +472,15 @@ def evaluate(config=None):
     """
     config = config or Config()
     results, paths, networks, loaders = load(config)
-    scored = [score_sets(model, loaders) for model in networks]
-    measured = [
-        measure_checkpoint(path, *arrays) for path, arrays in zip(paths, scored, strict=True)
-    ]
-    for checkpoint, (own, _, _) in zip(results["checkpoints"], measured, strict=True):
-        checkpoint |= own
-    results["rows"] = [row for _, rows, _ in measured for row in rows]
-    results["sets"] = [row for _, _, rows in measured for row in rows]
+    results |= {"rows": [], "sets": []}
+    scored = []
+    for path, model, checkpoint in zip(paths, networks, results["checkpoints"], strict=True):
+        arrays = score_sets(model, loaders)
+        figures, rows, sets = measure_checkpoint(path, *arrays)
+        checkpoint.update(figures)
+        results["rows"] += rows
+        results["sets"] += sets
+        scored.append(arrays)
 
     files = {}
     if len(loaders) > 1 or not config.ood_types:  # where every set was skipped, the old are kept

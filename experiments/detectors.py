@@ -81,10 +81,14 @@ def fit(detector, inputs, labels):
 
 def score(detector, inputs, loader):
     """Scores float64 (N,), higher for in-distribution: the library's point the other way."""
-    predict, batches = detector.predict, (images for images, _ in loader)
-    for name, values in inputs.items():
-        if hasattr(detector, f"predict_{name}"):
-            predict, batches = getattr(detector, f"predict_{name}"), values.split(1000)
+    taken = [name for name in inputs if hasattr(detector, f"predict_{name}")]
+    if taken:
+        (name,) = taken
+        predict = getattr(detector, f"predict_{name}")
+        batches = inputs[name].split(1000)
+    else:  # ODIN
+        predict = detector.predict
+        batches = (images for images, _ in loader)
     outlier_scores = [predict(batch).detach().cpu() for batch in batches]
     return -torch.cat(outlier_scores).double()
 

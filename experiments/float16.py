@@ -14,7 +14,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -74,8 +73,7 @@ def measure_rounding(config):
 
 def print_tables(results):
     """The largest change of each figure over the checkpoints, in points."""
-    rows = pd.DataFrame(results["rows"])
-    rows = rows[rows["score"] == results["config"]["score"]]
+    rows = evaluation.shown_rows(results)
     figures = rows.set_index(["checkpoint", "set", "weights"])[[*METRICS, "error_rate"]]
     changes = figures.xs("float16", level="weights") - figures.xs("float32", level="weights")
     largest = changes.abs().groupby("set", sort=False).max()

@@ -92,8 +92,7 @@ def summarise(values, published=None):
 
 def print_tables(results):
     """A line a figure; the range is over networks and orders, "between orders" within a network."""
-    rows = pd.DataFrame(results["rows"])
-    rows = rows[rows["score"] == results["config"]["score"]]
+    rows = evaluation.shown_rows(results)
     published = evaluation.published_of(results)
     error_rate = evaluation.PUBLISHED_ERROR_RATE if published else None
     split = rows[rows["set"] == evaluation.SPLIT]
