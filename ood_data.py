@@ -5,7 +5,7 @@ and go into the network as they are: in its input space -1 is about pixel 70 and
 about 172. The idea is outlier-exposure's (github.com/hendrycks/outlier-exposure); under
 its normalisation, where they are about 57 and 185, the noises are others.
 
-To add an OOD set, add a line to NOISES or OOD_IMAGES:
+To add an OOD set, write its function and a line in NOISES or OOD_IMAGES. To use one:
 
     from ood_data import build_ood_loader
     images, labels = next(iter(build_ood_loader("blob", 2000)))
@@ -13,6 +13,7 @@ To add an OOD set, add a line to NOISES or OOD_IMAGES:
 
 import contextlib
 import functools
+import math
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +78,7 @@ class ImageLoader:
     images at most are left out, others in each epoch.
     """
 
-    images: torch.Tensor  # (N, 3, H, W): uint8, normalised, or float32, as they are
+    images: torch.Tensor  # (N, 3, H, W): uint8, to be normalised, or float32, left as it is
     labels: torch.Tensor  # (N,)
     classes: tuple = ()  # the names of the labels
     batch_size: int = EVAL_BATCH_SIZE
@@ -94,7 +95,7 @@ class ImageLoader:
         self.epoch = 0  # counts up by itself
 
     def __len__(self):
-        return -(-len(self.images) // self.batch_size)
+        return math.ceil(len(self.images) / self.batch_size)
 
     def __iter__(self):
         count, device = len(self.images), self.images.device
@@ -131,7 +132,9 @@ def to_rgb(image):
 
 def fit(image):
     """uint8 (3, 32, 32) of a PIL image: shorter side to 32, centre crop."""
-    return TF.pil_to_tensor(TF.center_crop(TF.resize(to_rgb(image), 32), 32))
+    image = TF.resize(to_rgb(image), 32)
+    image = TF.center_crop(image, 32)
+    return TF.pil_to_tensor(image)
 
 
 def decode(path):
@@ -140,7 +143,7 @@ def decode(path):
         with Image.open(path) as image:
             return fit(image)
     except Exception as error:
-        raise InputError(f"{path} is not a readable image ({error}): remove it.") from error
+        raise InputError(f"{path} is not a readable image ({error}): mend or remove it.") from error
 
 
 def decode_all(paths, name):
@@ -268,6 +271,11 @@ def read_svhn(root, count):
     return torch.from_numpy(data.data[:count])
 
 
+def read_mnist(root, count):
+    data = fetch(datasets.MNIST, root, train=False)
+    return grey_to_rgb(data.data[:count])
+
+
 def read_textures(root, count):
     """From the test split of DTD, 1,880 textures of 47 classes, in a fixed order."""
     data = fetch(datasets.DTD, root, split="test")
@@ -297,13 +305,13 @@ def read_folder(folder, count):
 
 # name: (rng, count) -> (count, 3, 32, 32) in the network's input space
 NOISES = {"gaussian": gaussian, "rademacher": rademacher, "blob": blob}
-# name: (data root, count) -> uint8 (count or fewer, 3, 32, 32), the first of the test split
+# name: (data root, count) -> uint8 (count or fewer, 3, 32, 32)
 OOD_IMAGES = {
     "svhn": read_svhn,
     "cifar10": lambda root, count: read_cifar(datasets.CIFAR10, root, False)[0][:count],
     "cifar100": lambda root, count: read_cifar(datasets.CIFAR100, root, False)[0][:count],
     "textures": read_textures,
-    "mnist": lambda root, count: grey_to_rgb(fetch(datasets.MNIST, root, train=False).data[:count]),
+    "mnist": read_mnist,
     "photos": read_photos,
 }
 OOD_SET_NAMES = f"{', '.join([*NOISES, *OOD_IMAGES])}, or a folder of images"
@@ -311,13 +319,16 @@ OOD_SET_NAMES = f"{', '.join([*NOISES, *OOD_IMAGES])}, or a folder of images"
 
 def check_ood_type(name, dataset=None):
     """Raise InputError unless `name` is an OOD set or a folder, not the closed set."""
+    is_name = name in NOISES or name in OOD_IMAGES
     folder = Path(name).expanduser().resolve()
-    if name not in NOISES and name not in OOD_IMAGES and not folder.is_dir():
+    if not is_name and not folder.is_dir():
         raise InputError(f"Unknown OOD type {name!r}: use {OOD_SET_NAMES}.")
-    closed = Path(dataset or "/").expanduser().resolve()
-    within = any(folder.is_relative_to(closed / split) for split in ("train", "test"))
-    holds = closed.is_dir() and closed.is_relative_to(folder)
-    if name == dataset or (dataset and (within or holds)):
+    overlaps = name == dataset
+    if dataset and not is_name and dataset not in CLOSED_SETS:  # two folders
+        closed = Path(dataset).expanduser().resolve()
+        within = folder.is_relative_to(closed / "train") or folder.is_relative_to(closed / "test")
+        overlaps = within or closed.is_relative_to(folder)
+    if overlaps:
         raise InputError(f"OOD type {name!r} is, or holds, the closed set itself: leave it out.")
 
 
