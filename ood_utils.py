@@ -15,11 +15,11 @@ import signal
 import sys
 import traceback
 import uuid
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 import tyro
 from tqdm import tqdm
 
@@ -64,12 +64,6 @@ def gen(logits, gamma=0.1, top=100):
 SCORES = {"msp": msp, "max_logit": max_logit, "energy": energy, "entropy": entropy, "gen": gen}
 
 
-def without_tf32():
-    """By default cuDNN rounds the inputs of float32 convolutions to TF32's 10 bits."""
-    own = torch.backends.cudnn
-    return own.flags(own.enabled, own.benchmark, deterministic=own.deterministic, allow_tf32=False)
-
-
 @torch.no_grad()
 def get_logits(model, dataloader):
     """Return logits float32 (N, classes) and labels int64 (N,), on the CPU.
@@ -79,15 +73,17 @@ def get_logits(model, dataloader):
     """
     device = next(model.parameters()).device
     was_training = model.training
+    had_tf32 = torch.backends.cudnn.allow_tf32
     model.eval()
+    torch.backends.cudnn.allow_tf32 = False  # it rounds the inputs of convolutions to 10 bits
     logits, labels = [], []
     try:
         for batch in tqdm(dataloader, "scoring", delay=1, leave=False, disable=None):
-            with without_tf32():
-                logits.append(model(batch[0].to(device)).cpu())
+            logits.append(model(batch[0].to(device)).cpu())
             labels.append(batch[1].cpu())
     finally:
         model.train(was_training)
+        torch.backends.cudnn.allow_tf32 = had_tf32
     if not logits:
         raise InputError("The data loader yields no batch.")
     return torch.cat(logits), torch.cat(labels)
@@ -125,10 +121,10 @@ def get_ood_scores(model, dataloader, closed_set=False, score=msp):
 
 def as_scores(scores, group):
     """An array, tensor or list as float64 (N,), or raise InputError, a ValueError."""
-    scores = scores.cpu() if torch.is_tensor(scores) else scores
+    scores = scores.detach().cpu() if torch.is_tensor(scores) else scores
     scores = np.asarray(scores, dtype=np.float64)
     bad = np.sum(~np.isfinite(scores))
-    if bad or scores.size == 0 or scores.size != max(scores.shape, default=1):
+    if bad or scores.size == 0 or scores.squeeze().ndim > 1:
         raise InputError(
             f"{group} scores must be finite, one for each image and at least one: "
             f"the shape is {scores.shape}, {bad} are not finite."
@@ -169,7 +165,8 @@ def performance_line(auroc, aupr, fpr95):
 
 def show_performance(pos, neg):
     """Print AUROC, AUPR and FPR95 of get_performance on one line, in percent."""
-    print(performance_line(*(100 * metric for metric in get_performance(pos, neg))))
+    auroc, aupr, fpr95 = get_performance(pos, neg)
+    print(performance_line(100 * auroc, 100 * aupr, 100 * fpr95))
 
 
 def errors_accepted(scores, correct):
@@ -188,7 +185,7 @@ def errors_accepted(scores, correct):
 def aurc(scores, correct):
     """Mean, over k, of the error rate of the k most confident: lower is better.
 
-    Area under the risk-coverage curve (Geifman & El-Yaniv 2017, arXiv 1705.08500).
+    Area under the risk-coverage curve (Geifman et al. 2018, arXiv 1805.08206).
     """
     errors = errors_accepted(scores, correct)
     return float(np.mean(errors / np.arange(1, len(errors) + 1)))
@@ -269,8 +266,9 @@ def pick_device(name=None):
 def describe(device):
     """Device and versions that figures depend on, for the JSON files."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    versions = {module.__name__: str(module.__version__) for module in (torch, torchvision, np)}
-    versions["python"] = platform.python_version()
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("torchvision", "numpy", "scikit-image", "scikit-learn", "pillow"):
+        versions[package] = metadata.version(package)
     threads = f"{torch.get_num_threads()} threads"
     return {"device": f"{device.type} ({name}), {threads}", "versions": versions}
 
@@ -290,7 +288,7 @@ def run_command(entry, config_class, speaks=lambda: True):
         sys.exit(1)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another one
-        message, status = "\ninterrupted: what was saved is kept, train.py --resume goes on", 130
+        message, status = "\ninterrupted: what was saved is kept; --resume goes on training", 130
     except Exception as error:
         message, status = explain(error)
     if speaks():
@@ -305,7 +303,8 @@ def explain(error):
         return line, 2
     if isinstance(error, FloatingPointError):
         return line, 1
-    if "out of memory" in line or "can't allocate memory" in line:
+    no_memory = "out of memory" in line or "can't allocate memory" in line
+    if isinstance(error, MemoryError) or no_memory:
         return "error: Out of memory: pass a smaller --batch-size.", 2
     if "by peer" in line:  # gloo: a connection was closed or reset
         return "error: Another process of this run was ended.", 1
