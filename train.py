@@ -129,17 +129,21 @@ def get_loader(
 # and get no gradient. On layer3's 2x2 maps all taps do; there the computation alone is shorter.
 
 
-class SmallMapConv(nn.Conv2d):
+class SmallMapConv(nn.Module):
     """A convolution of a map so small that each output sees every pixel: one matrix product.
 
     Each side has (kernel - map + 1) outputs: two where a 3x3 kernel meets a 2x2 map, one where
     kernel and map are equally large.
     """
 
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+
     def forward(self, maps):
         size = maps.shape[-1]
         taps = self.weight.to(maps.dtype).permute(0, 2, 3, 1)
-        starts = range(self.kernel_size[0] - size, -1, -1)  # of the map in the kernel, per output
+        starts = range(taps.shape[1] - size, -1, -1)  # of the map in the kernel, per output
         kernels = [taps[:, y : y + size, x : x + size] for y in starts for x in starts]
         matrix = torch.stack(kernels).flatten(0, 1).flatten(1)  # (outputs x C_out, pixels x C_in)
         outputs = F.linear(maps.permute(0, 2, 3, 1).flatten(1), matrix)
@@ -167,11 +171,8 @@ def build_network(num_classes=100, stem=Config.stem):
         model.maxpool = nn.Identity()
         return model
     for name, live in LIVE_TAPS.items():
-        weight = model.get_submodule(name).weight.detach()[:, :, live, live].clone()
-        outputs, inputs, size, _ = weight.shape
-        conv = SmallMapConv(inputs, outputs, size, bias=False, device="meta")
-        conv.weight = nn.Parameter(weight)
-        model.set_submodule(name, conv)
+        weight = model.get_submodule(name).weight
+        model.set_submodule(name, SmallMapConv(weight[:, :, live, live]))
     return model
 
 
@@ -241,24 +242,22 @@ def train_step(model, optimizer, images, labels, precision="float32"):
 
 
 def train_epoch(network, optimizer, loader, precision="float32"):
-    """One pass over the loader; return every step's loss, a mean over all images of its batch.
-
-    float32 (steps,), on the CPU: read once an epoch, since each reading makes the device wait.
-    """
-    epoch, losses = loader.epoch + 1, []
+    """One pass over the loader; return the mean of its steps' losses."""
+    epoch = loader.epoch + 1
     hidden = True if loader.rank > 0 else None  # None: shown on a terminal
+    losses = []
     for images, labels in tqdm(loader, f"epoch {epoch}", leave=False, disable=hidden):
         losses.append(train_step(network, optimizer, images, labels, precision))
     losses = torch.stack(losses)
     if loader.processes > 1:
         dist.all_reduce(losses)
-    losses = losses.cpu() / loader.processes
-    if not losses.isfinite().all():
-        step = losses.isfinite().int().argmin() + 1
-        raise FloatingPointError(
-            f"The loss is not finite at epoch {epoch}, step {step}: lower --lr."
-        )
-    return losses
+    losses = losses.cpu() / loader.processes  # once an epoch: each reading makes a GPU wait
+    for step, loss in enumerate(losses.tolist(), start=1):
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is not finite at epoch {epoch}, step {step}: lower --lr."
+            )
+    return losses.mean().item()
 
 
 def get_accuracy(model, loader):
@@ -295,30 +294,30 @@ def train_model(config=None):
             resume(path, log, model, optimizer)
         network = join_processes(log, model, optimizer)
 
-        saved = time.monotonic()
+        saved = time.perf_counter()
         for epoch in range(len(log["epochs"]), config.epochs):
             start = time.perf_counter()
             lr = learning_rate(config, epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             train_loader.epoch = epoch
-            losses = train_epoch(network, optimizer, train_loader, precision)
+            loss = train_epoch(network, optimizer, train_loader, precision)
             rate = len(train_loader.images) / (time.perf_counter() - start)
             if train_loader.rank > 0:
                 continue  # the first process tests, says and saves
 
             figures = {
                 "epoch": epoch + 1,
-                "loss": losses.mean().item(),
+                "loss": loss,
                 "test_accuracy": get_accuracy(model, test_loader),
                 "lr": lr,
                 "seconds": time.perf_counter() - start,
             }
             log["epochs"].append(figures)
             print(EPOCH_LINE.format(epochs=config.epochs, rate=rate, **figures))
-            if epoch + 1 == config.epochs or time.monotonic() - saved >= SAVE_SECONDS:
+            if epoch + 1 == config.epochs or time.perf_counter() - saved >= SAVE_SECONDS:
                 save(path, log, model, optimizer)
-                saved = time.monotonic()
+                saved = time.perf_counter()
     return model.eval()
 
 
@@ -328,10 +327,10 @@ def train_model(config=None):
 
 def check_settings(config):
     """Raise InputError for a number out of its range."""
-    zero_is_fine = ("momentum", "weight_decay", "seed")
-    for name in ("epochs", "batch_size", "lr", "gamma", *zero_is_fine):
+    for name in ("epochs", "batch_size", "lr", "gamma", "momentum", "weight_decay", "seed"):
         value = getattr(config, name)
-        if not 0 <= value < math.inf or (value == 0 and name not in zero_is_fine):
+        may_be_zero = name in ("momentum", "weight_decay", "seed")
+        if value < 0 or (value == 0 and not may_be_zero) or not math.isfinite(value):
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range.")
     if not all(0 < milestone < 1 for milestone in config.milestones):
         fractions = " ".join(f"{milestone / config.epochs:g}" for milestone in config.milestones)
@@ -344,7 +343,8 @@ def check_settings(config):
 def check_batches(loader):
     """Raise InputError where a batch does not split into equal shares of 2 images or more."""
     count, size, processes = len(loader.images), loader.batch_size, loader.processes
-    share = (count % size or size) // processes
+    last_batch = count - size * (len(loader) - 1)
+    share = last_batch // processes
     if size % processes or share < 2:
         raise InputError(
             f"{count} images in batches of {size} over {processes} processes leave a batch of "
@@ -395,7 +395,8 @@ def start_log(config, device, loader):
 
 def save(path, log, model, optimizer):
     """Write checkpoint and log, and until the last epoch what --resume needs; each file whole."""
-    weights, state_path = to_torchvision(model), path.with_suffix(".resume.pth")
+    weights = to_torchvision(model)
+    state_path = path.with_suffix(".resume.pth")
     ood_utils.write_file(path, weights)
     ood_utils.write_file(path.with_suffix(".json"), json.dumps(log, indent=1).encode())
     if len(log["epochs"]) < log["config"]["epochs"]:
@@ -408,16 +409,11 @@ def save(path, log, model, optimizer):
 
 def resume(path, log, model, optimizer):
     """Where --resume asks for it, put a run into log, model and optimizer, and say so."""
-    state_path, done = path.with_suffix(".resume.pth"), read_log(path)
-    finished = done and done["finished"] and path.exists() and not state_path.exists()
+    state_path = path.with_suffix(".resume.pth")
+    done = read_log(path)
     if not log["config"]["resume"]:
         if path.exists() or state_path.exists():
             print(f"starting over: the first save replaces {path}")
-    elif finished:
-        check_same_settings(path, done, log)
-        model.load_state_dict(load_network(path).state_dict())
-        log["epochs"] = done["epochs"]
-        print(f"finished: {path} has all {len(log['epochs'])} epochs")
     elif state_path.exists():
         state = load_file(state_path)
         try:
@@ -428,18 +424,23 @@ def resume(path, log, model, optimizer):
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise InputError(f"{state_path} is not the state of a run: remove it.") from error
         print(f"resuming after epoch {len(log['epochs'])} of {log['config']['epochs']}")
+    elif done and done["finished"] and path.exists():
+        check_same_settings(path, done, log)
+        model.load_state_dict(load_network(path).state_dict())
+        log["epochs"] = done["epochs"]
+        print(f"finished: {path} has all {len(log['epochs'])} epochs")
     else:
         print(f"no unfinished run at {state_path}: starting")
 
 
 def check_same_settings(path, saved, log):
     """Raise InputError where a setting that figures depend on has changed."""
+    old = {"images": saved.get("images"), **saved["config"]}
+    new = {"images": log["images"], **log["config"]}
     changed = []
-    for name in ("images", *log["config"]):
-        old = saved["config"].get(name, saved.get(name))
-        new = log["config"].get(name, log.get(name))
-        if old != new and name not in ("data_root", "checkpoint", "device", "resume"):
-            changed.append(f"{name} {old} -> {new}")
+    for name, value in new.items():
+        if old.get(name) != value and name not in ("data_root", "checkpoint", "device", "resume"):
+            changed.append(f"{name} {old.get(name)} -> {value}")
     if changed:
         raise InputError(
             f"{path} is of a run with other settings: {', '.join(changed)}. Pass the former, or "
@@ -454,20 +455,22 @@ def only_run_of(path):
         yield
         return
     ood_utils.check_writable(path.parent, "--checkpoint")
-    lock = path.with_suffix(".lock")
+    lock_path = path.with_suffix(".lock")
+    lock = filelock.FileLock(lock_path, blocking=False)
     try:
-        with filelock.FileLock(lock, blocking=False):
-            for ending in (path.suffix, ".json", ".resume.pth"):
-                name = glob.escape(path.with_suffix(ending).name)
-                for left in path.parent.glob(f"{name}.{'?' * 32}.tmp"):
-                    left.unlink()
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):
-                    lock.unlink()
+        lock.acquire()
     except filelock.Timeout as error:
         raise InputError(f"Another run is writing {path}: pass another --checkpoint.") from error
+    try:
+        for ending in (path.suffix, ".json", ".resume.pth"):
+            name = glob.escape(path.with_suffix(ending).name)
+            for left in path.parent.glob(f"{name}.{'?' * 32}.tmp"):  # as write_file names them
+                left.unlink()
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock_path.unlink()
+        lock.release()
 
 
 # ----------------------------------------------------------------------------------------
@@ -476,14 +479,15 @@ def only_run_of(path):
 
 def pick_precision(precision, device):
     """The precision; for "auto", bfloat16 where the device has it natively, else float32."""
+    if precision != "auto":
+        return precision
     native = False
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
         able = torch.cpu.get_capabilities()
         native = able.get("avx512_bf16", False) or able.get("bf16", False)  # x86, ARM
-    auto = "bfloat16" if native else "float32"
-    return auto if precision == "auto" else precision
+    return "bfloat16" if native else "float32"
 
 
 @contextlib.contextmanager
@@ -524,12 +528,15 @@ def process_device(name):
 
 def first_on_each_machine(read, *args):
     """read(*args), by one process of each machine before the others: it may have to download."""
-    waits = dist.is_initialized() and os.environ["LOCAL_RANK"] != "0"
-    if not waits:
-        result = read(*args)
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))  # a barrier on the CPU
-    return read(*args) if waits else result
+    if not dist.is_initialized():
+        return read(*args)
+    is_first = os.environ["LOCAL_RANK"] == "0"
+    if is_first:
+        data = read(*args)
+    dist.all_reduce(torch.zeros(1))  # a barrier on the CPU
+    if not is_first:
+        data = read(*args)
+    return data
 
 
 def join_processes(log, model, optimizer):
@@ -539,11 +546,10 @@ def join_processes(log, model, optimizer):
     epochs = [log["epochs"]]
     dist.broadcast_object_list(epochs)
     log["epochs"] = epochs[0]
-    if log["epochs"]:
-        for parameter in model.parameters():
-            state = optimizer.state[parameter]
-            momentum = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
-            dist.broadcast(momentum, 0)
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        momentum = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+        dist.broadcast(momentum, 0)
     # It shares the weights itself. Batch norm's statistics stay each process's own.
     with warnings.catch_warnings(action="ignore"):  # torch 2.14 has another name for it
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
@@ -551,7 +557,7 @@ def join_processes(log, model, optimizer):
 
 @functools.cache
 def first_to_fail():
-    """Whether no other process of this run failed before: theirs is the error to tell."""
+    """Claim to be the first process of the run that failed; return whether it was."""
     if not dist.is_torchelastic_launched():
         return True
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

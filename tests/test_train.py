@@ -67,8 +67,12 @@ def test_get_loader_augments_the_training_split_unless_asked_not_to():
     batch, first_labels = next(iter(plain))
     assert torch.equal(batch, normalise(images[:1000]))
     assert first_labels.tolist() == list(labels[:1000])
-    assert len(next(iter(augmented))[0]) == 128
-    assert not torch.equal(next(iter(augmented))[1], next(iter(augmented))[1])
+    known = {image.numpy().tobytes() for image in normalise(images)}
+    shown, order = next(iter(augmented))
+    same = sum(image.numpy().tobytes() in known for image in shown)
+    assert len(shown) == 128 and same < 20  # about one in 162 is neither moved nor flipped
+    assert not torch.equal(order, next(iter(augmented))[1])
+    assert not torch.equal(order, next(iter(train.get_loader(True, "digits", seed=1)))[1])
 
 
 # Network
@@ -112,19 +116,20 @@ def test_the_network_equals_the_full_one_forward_and_in_a_step(stem, layout, mon
     assert len(strides) >= 60 and all(maps.is_contiguous(memory_format=layout) for maps in strides)
 
 
-def test_a_checkpoint_is_torchvisions_and_makes_the_round_trip():
+def test_a_checkpoint_is_torchvisions_but_for_taps_that_meet_no_pixel():
     torch.manual_seed(0)
     full = resnet18(num_classes=10).state_dict()
     torch.manual_seed(0)
     small = build_network(10)
     state = train.to_torchvision(small)
-    assert [(name, w.shape) for name, w in state.items()] == [(n, w.shape) for n, w in full.items()]
-    assert torch.equal(state["layer3.1.conv1.weight"], full["layer3.1.conv1.weight"])
-    again = build_network(10)
-    train.from_torchvision(again, full)
-    for name, weight in train.to_torchvision(again).items():
-        assert torch.equal(weight, state[name])
-    assert sum(p.numel() for p in small.parameters()) < 4.5e6 < 11e6
+    assert state.keys() == full.keys()
+    for name, weight in state.items():
+        assert torch.equal(weight, full[name] * (weight != 0)), name
+    left_out = sum((full[name] != 0).sum() - (state[name] != 0).sum() for name in full)
+    assert left_out == sum(w.numel() for w in full.values()) - sum(
+        w.numel() for w in small.state_dict().values()
+    )
+    assert 6.8e6 < left_out < 7e6
 
 
 def test_a_checkpoint_holds_cpu_tensors():
@@ -141,14 +146,6 @@ def test_a_checkpoint_holds_cpu_tensors():
     model.state_dict = lambda: state
     assert all(type(value) is torch.Tensor for value in train.to_torchvision(model).values())
     assert len(moved) == len(state)
-
-
-def test_a_float16_checkpoint_is_read(tmp_path):
-    state = {name: value.half() for name, value in resnet18(num_classes=3).state_dict().items()}
-    torch.save(state, tmp_path / "half.pth")
-    model = train.load_network(str(tmp_path / "half.pth"))
-    assert model.fc.out_features == 3 and not model.training
-    assert model.fc.weight.dtype == torch.float32
 
 
 def test_bfloat16_training_stays_near_float32(monkeypatch):
