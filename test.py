@@ -16,6 +16,7 @@ Exit status 1 if an OOD set had to be skipped.
 import hashlib
 import io
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,7 +83,8 @@ def check_closed_set(path, model, dataset):
         same = log is None or log["config"]["dataset"] == dataset
     elif folder.is_dir():
         classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-        count, same = len(classes), log is None or log.get("classes") == classes
+        count = len(classes)
+        same = log is None or log.get("classes") == classes
     else:
         raise InputError(f"Unknown data set {dataset!r}: use {ood_data.CLOSED_SET_NAMES}.")
     if not same or count != model.fc.out_features:
@@ -149,24 +151,23 @@ def measure(pos, neg):
     row = {"positives": len(pos), "negatives": len(neg)}
     row["chance_aupr"] = 100 * len(pos) / total
     row["chance_aupr_out"] = 100 * len(neg) / total
-    metrics = [None] * 5
+    row |= dict.fromkeys(("auroc", "aupr", "fpr95", "aupr_out", "fpr95_out"))
     if len(pos) and len(neg):
-        inside = ood_utils.get_performance(pos, neg)
-        _, *outside = ood_utils.get_performance(-neg, -pos)  # OOD, or wrong, is positive
-        metrics = [100 * metric for metric in (*inside, *outside)]
-    row |= zip(("auroc", "aupr", "fpr95", "aupr_out", "fpr95_out"), metrics, strict=True)
+        auroc, aupr, fpr95 = ood_utils.get_performance(pos, neg)
+        row |= {"auroc": 100 * auroc, "aupr": 100 * aupr, "fpr95": 100 * fpr95}
+        _, aupr, fpr95 = ood_utils.get_performance(-neg, -pos)  # OOD, or wrong, is positive
+        row |= {"aupr_out": 100 * aupr, "fpr95_out": 100 * fpr95}
     return row
 
 
 def measure_checkpoint(path, scores, predictions, labels):
     """Return what the JSON holds of one checkpoint: its own figures, rows and sets."""
     correct = predictions[CLOSED] == labels
-    closed = scores[CLOSED]
     checkpoint = {"path": str(path), "error_rate": 100 * (1 - correct.mean())}
     checkpoint |= {"threshold": {}, "aurc": {}, "augrc": {}}
     rows = []
     for column, score in enumerate(SCORES):
-        values = closed[:, column]
+        values = scores[CLOSED][:, column]
         checkpoint["threshold"][score] = ood_utils.get_threshold(values)
         checkpoint["aurc"][score] = 100 * ood_utils.aurc(values, correct)
         checkpoint["augrc"][score] = 100 * ood_utils.augrc(values, correct)
@@ -276,7 +277,8 @@ def print_scores(results, metric, title):
     rows = rows[rows["set"] != SPLIT]
     means = rows.groupby(["checkpoint", "score"], sort=False)[metric].mean().reset_index()
     rows = pd.concat([rows, means.assign(set="mean over sets")])
-    print_table(rows.pivot_table(metric, "set", "score", spread, sort=False), title)
+    table = rows.pivot_table(metric, index="set", columns="score", aggfunc=spread, sort=False)
+    print_table(table, title)
 
 
 def print_predicted_classes(results):
@@ -305,7 +307,7 @@ def print_tables(results):
 
 
 def log_odds(scores):
-    """log(p / (1 - p)): half of the closed set's MSP lies within 0.01 of 1."""
+    """log(p / (1 - p)): a third of the closed set's MSP lies within 0.01 of 1."""
     scores = np.clip(scores, 1e-5, 1 - 1e-5)
     return np.log(scores / (1 - scores))
 
@@ -339,7 +341,7 @@ def draw_rocs(axes, scores, colours):
 
 
 def draw_dots(axes, rows, published, colours):
-    """A line a set, a dot a checkpoint, a cross the published figure, chance as a rule."""
+    """A line a set, a dot a checkpoint, a cross the published figure; in grey, chance."""
     names = list(rows["set"].unique())
     axes.axvline(50, color="0.8")
     for y, name in enumerate(names):
@@ -352,15 +354,15 @@ def draw_dots(axes, rows, published, colours):
     axes.set_xlabel("AUROC: a dot a run" + (", x published" if published else ""))
 
 
-def draw_scores(axes, closed, scores, colour, bins, to_axis):
+def draw_scores(axes, closed, scores, colour, bins, is_msp):
     """A set's scores over the closed set's in grey, and the threshold of the latter."""
     for values, fill in ((closed, "0.5"), (scores, colour)):
         share = np.full(len(values), 100 / len(values))
-        axes.hist(to_axis(values), bins, weights=share, color=fill, alpha=0.6)
-    axes.axvline(to_axis(ood_utils.get_threshold(closed)), color="black", lw=1, ls="--")
+        axes.hist(values, bins, weights=share, color=fill, alpha=0.6)
+    axes.axvline(ood_utils.get_threshold(closed), color="black", lw=1, ls="--")
     axes.yaxis.set_major_formatter("{x:g}%")
     axes.tick_params(labelsize=7)
-    if to_axis is log_odds:
+    if is_msp:  # its log odds
         ticks = np.array([0.1, 0.5, 0.9, 0.99, 0.9999])
         axes.set_xticks(log_odds(ticks), [f"{tick:g}" for tick in ticks])
         axes.set_xlim(bins[0], bins[-1])
@@ -378,13 +380,14 @@ def draw(results, scores, loaders):
     names = [name for name in scores if name != CLOSED]
     hues = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(names)))
     colours = dict(zip(names, hues, strict=True))
-    to_axis = log_odds if results["config"]["score"] == "msp" else np.asarray
-    everything = to_axis(np.concatenate(list(scores.values())))
+    is_msp = results["config"]["score"] == "msp"
+    shown = {name: log_odds(values) if is_msp else values for name, values in scores.items()}
+    everything = np.concatenate(list(shown.values()))
     low, high = everything.min(), everything.max()
     bins = np.linspace(low, max(high, low + 0.01), 41)
 
     columns = 1 if len(scores) <= 3 else 2
-    lines = -(-len(scores) // columns)
+    lines = math.ceil(len(scores) / columns)
     size = (11, max(3.8, 1.3 * lines + 0.6))
     spines = {"axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context({"font.size": 8, **spines}):
@@ -405,7 +408,7 @@ def draw(results, scores, loaders):
             pixels.imshow(to_pixels(loaders[name].images))
             pixels.axis("off")
             colour = colours.get(name, "0.5")
-            draw_scores(axes, scores[CLOSED], scores[name], colour, bins, to_axis)
+            draw_scores(axes, shown[CLOSED], shown[name], colour, bins, is_msp)
             title = short(name)
             if name != CLOSED:
                 auroc = rows[rows["set"] == name]["auroc"].iloc[0]  # of the first checkpoint
@@ -482,7 +485,7 @@ def evaluate(config=None):
         results["sets"] += sets
         scored.append(arrays)
 
-    files = {}
+    files = []
     if len(loaders) > 1 or not config.ood_types:  # where every set was skipped, the old are kept
         files = write_results(config, paths, results, scored, loaders)
     print_report(results)
@@ -504,7 +507,8 @@ def write_results(config, paths, results, scored, loaders):
         np.savez_compressed(content, **arrays)
         files[output_path(config, path, ".ood.npz")] = content.getvalue()
     column = list(SCORES).index(config.score)
-    first = {name: array[:, column] for name, array in scored[0][0].items()}
+    scores, _, _ = scored[0]
+    first = {name: array[:, column] for name, array in scores.items()}
     text = json.dumps(results, indent=1)
     files[output_path(config, paths[0], ".ood.json")] = text.encode()
     files[output_path(config, paths[0], ".ood.png")] = draw(results, first, loaders)
