@@ -8,30 +8,27 @@ fractions; what is printed is percent.
     show_performance(scores, get_ood_scores(model, ood_loader))
 """
 
+import contextlib
 import io
 import os
 import platform
-import signal
 import sys
-import traceback
-import uuid
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
+from torch import nn
 from tqdm import tqdm
 
 RECALL_LEVEL = 0.95  # FPR95: the true positive rate at which the false positive rate is read
 
 
 class InputError(ValueError):
-    """What the user can mend: the command line prints it as one line."""
+    """An error that the user can fix: the command line prints it as one line."""
 
 
-# ----------------------------------------------------------------------------------------
-# Scores: each takes logits float64 (N, classes) and returns (N,)
+# Scores: each takes logits float64 (N, classes) and returns (N,) ------------------------
 
 
 def msp(logits):
@@ -64,48 +61,13 @@ def gen(logits, gamma=0.1, top=100):
 SCORES = {"msp": msp, "max_logit": max_logit, "energy": energy, "entropy": entropy, "gen": gen}
 
 
-@torch.no_grad()
-def get_logits(model, dataloader):
-    """Return logits float32 (N, classes) and labels int64 (N,), on the CPU.
-
-    dataloader: any iterable of (images, labels) batches, on whatever device. The network
-    runs in eval mode, and is left in the mode it was in.
-    """
-    device = next(model.parameters()).device
-    was_training = model.training
-    had_tf32 = torch.backends.cudnn.allow_tf32
-    model.eval()
-    torch.backends.cudnn.allow_tf32 = False  # it rounds the inputs of convolutions to 10 bits
-    logits, labels = [], []
-    try:
-        for batch in tqdm(dataloader, "scoring", delay=1, leave=False, disable=None):
-            logits.append(model(batch[0].to(device)).cpu())
-            labels.append(batch[1].cpu())
-    finally:
-        model.train(was_training)
-        torch.backends.cudnn.allow_tf32 = had_tf32
-    if not logits:
-        raise InputError("The data loader yields no batch.")
-    return torch.cat(logits), torch.cat(labels)
-
-
-def get_features(model, dataloader):
-    """Return what enters the last layer, float32 (N, 512), on the CPU."""
-    features = []
-    hook = model.fc.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].cpu()))
-    try:
-        get_logits(model, dataloader)
-    finally:
-        hook.remove()
-    return torch.cat(features)
-
-
 def get_ood_scores(model, dataloader, closed_set=False, score=msp):
-    """Score every image, float64 (N,): higher is more in-distribution.
+    """Score every image, float64 (N,): higher means more in-distribution.
 
-    With closed_set=True return (scores, right, wrong): all scores, those of correctly
-    classified images and those of misclassified ones. Computed in float64: a float32 softmax
-    is exactly 1.0 from a logit margin of about 21 on, and ties begin.
+    score: a function of logits float64 (N, classes). With closed_set=True return (scores,
+    right, wrong): all scores, those of correctly classified images, and those of
+    misclassified ones. The softmax is taken in float64: in float32 it is exactly 1.0 from a
+    logit margin of about 21 on, which creates ties.
     """
     logits, labels = get_logits(model, dataloader)
     scores = score(logits.double()).numpy()
@@ -115,8 +77,70 @@ def get_ood_scores(model, dataloader, closed_set=False, score=msp):
     return scores, scores[correct], scores[~correct]
 
 
-# ----------------------------------------------------------------------------------------
-# Metrics
+@torch.no_grad()
+def get_logits(model, dataloader):
+    """Return logits float32 (N, classes) and labels int64 (N,), on the CPU.
+
+    dataloader: an iterable of (images, labels) batches on any device. The network runs in
+    eval mode and in full float32; afterwards every layer has its own mode back. Raises
+    InputError, a ValueError, if there is no batch.
+    """
+    device = next(model.parameters()).device
+    logits, labels = [], []
+    with eval_mode(model), full_float32(device):
+        for batch in tqdm(dataloader, "scoring", delay=1, leave=False, disable=None):
+            logits.append(model(batch[0].to(device)).cpu())
+            labels.append(batch[1].cpu())
+    if not logits:
+        raise InputError("The data loader yields no batch.")
+    return torch.cat(logits), torch.cat(labels)
+
+
+def get_features(model, dataloader):
+    """Return what enters the last Linear layer, float32 (N, features), on the CPU."""
+    features = []
+    hook = last_layer(model).register_forward_pre_hook(
+        lambda _, inputs: features.append(inputs[0].cpu())
+    )
+    try:
+        get_logits(model, dataloader)
+    finally:
+        hook.remove()
+    return torch.cat(features)
+
+
+def last_layer(model):
+    """The last nn.Linear of a network, which turns features into logits."""
+    *_, last = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return last
+
+
+@contextlib.contextmanager
+def eval_mode(model):
+    """Put the network in eval mode, then give every layer its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def full_float32(device):
+    """Turn off autocast and TF32, which rounds a convolution's inputs to 10 bits."""
+    convolutions = torch.backends.cudnn.conv
+    precision = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        convolutions.fp32_precision = precision
+
+
+# Metrics --------------------------------------------------------------------------------
 
 
 def as_scores(scores, group):
@@ -204,49 +228,28 @@ def predicted_classes(predictions):
     """Return (effective number of classes, share of the largest) of predictions (N,).
 
     The number is exp(-sum p ln p) over the classes' shares p: k for k equally frequent ones.
-    Near 1 the network takes the whole set for one class: its row is one draw per network.
+    Near 1 the network assigns the whole set to one class: its row is one sample per network.
     """
     _, counts = np.unique(predictions, return_counts=True)
     shares = counts / counts.sum()
     return float(np.exp(-np.sum(shares * np.log(shares)))), float(shares.max())
 
 
-# ----------------------------------------------------------------------------------------
-# Files, device and command line
-
-
-def checkpoint_path(checkpoint, dataset=""):
-    """The given path, or <dataset>_resnet18.pth; InputError if it is unfit."""
-    name = Path(dataset).expanduser().resolve().name
-    path = Path(checkpoint or f"{name}_resnet18.pth").expanduser()
-    if path.is_dir() or path.suffix not in (".pth", ".pt"):  # the log goes to <stem>.json
-        raise InputError(f"{path} cannot be a checkpoint: pass a file such as resnet18.pth.")
-    return path
-
-
-def check_writable(folder, flag):
-    """Raise InputError now rather than after the work."""
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"Folder {folder} is missing or read-only: create it, or pass {flag}.")
+# Files, device and command line ---------------------------------------------------------
 
 
 def write_file(path, content):
-    """Write bytes, or what torch.save takes; the path holds the old or the new, whole."""
+    """Write bytes, or what torch.save takes; the path holds the old or the new file, whole."""
     if not isinstance(content, bytes):
-        buffer = io.BytesIO()  # torch.save itself does not say that a disk is full
+        buffer = io.BytesIO()  # torch.save itself does not report a full disk
         torch.save(content, buffer)
         content = buffer.getvalue()
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} could not be written ({error}): the old one is kept.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def pick_device(name=None):
@@ -257,8 +260,7 @@ def pick_device(name=None):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"Device '{device}' cannot be used ({reason}): pass --device cpu, or install a build "
-            "of torch that supports it."
+            f"Device '{device}' cannot be used ({reason}): pass --device cpu, or another torch."
         ) from error
     return torch.device(device)
 
@@ -273,39 +275,21 @@ def describe(device):
     return {"device": f"{device.type} ({name}), {threads}", "versions": versions}
 
 
-def run_command(entry, config_class, speaks=lambda: True):
+def run_command(entry, config_class, if_interrupted="interrupted"):
     """Call entry(config) with the settings of the command line and return its result.
 
-    What the user can mend ends in one line on stderr and status 2, a loss that is not finite
-    in 1, an interruption in 130. speaks(): whether this process is the one to tell it.
+    An error that the user can fix ends in one line on stderr and exit status 2, an
+    interruption in status 130.
     """
     sys.stdout.reconfigure(line_buffering=True)  # in a pipe too
-    config = tyro.cli(config_class, console_outputs=os.environ.get("RANK", "0") == "0")
     try:
-        return entry(config)
+        return entry(tyro.cli(config_class))
     except BrokenPipeError:  # python test.py | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another one
-        message, status = "\ninterrupted: what was saved is kept; --resume goes on training", 130
-    except Exception as error:
-        message, status = explain(error)
-    if speaks():
-        print(message, file=sys.stderr)
-    sys.exit(status)
-
-
-def explain(error):
-    """(message, exit status): one line where the user can mend it, else the traceback."""
-    line = f"error: {' '.join(str(error).split())}"
-    if isinstance(error, InputError | OSError):
-        return line, 2
-    if isinstance(error, FloatingPointError):
-        return line, 1
-    no_memory = "out of memory" in line or "can't allocate memory" in line
-    if isinstance(error, MemoryError) or no_memory:
-        return "error: Out of memory: pass a smaller --batch-size.", 2
-    if "by peer" in line:  # gloo: a connection was closed or reset
-        return "error: Another process of this run was ended.", 1
-    return traceback.format_exc(), 1
+        print(f"\n{if_interrupted}", file=sys.stderr)
+        sys.exit(130)
+    except (InputError, OSError, FloatingPointError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

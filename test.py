@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of train.py: closed-set error, and how well scores tell OOD sets apart.
+"""Evaluate a checkpoint of train.py: closed-set error, and how well scores detect OOD sets.
 
     python test.py                                               # cifar100_resnet18.pth
     python test.py --ood-types gaussian photos ~/pictures        # other sets, or a folder
@@ -6,17 +6,16 @@
 
 Prints, in percent, the error rate, the score's performance on correctly classified images
 (positive) against misclassified ones, then on the closed set (positive) against each OOD set;
-then tables. Writes first, unless every set was skipped, beside the checkpoint or into --output,
+then tables. Before that it writes, beside the checkpoint or into --output,
     cifar100_resnet18.ood.json    every figure of every set and score, and what they depend on
-    cifar100_resnet18.ood.png     ROC curves, or the AUROC of several runs, and histograms
+    cifar100_resnet18.ood.png     AUROC of every run, images and score histograms of every set
     cifar100_resnet18.ood.npz     scores and predictions of every image; one for each checkpoint
-Exit status 1 if an OOD set had to be skipped.
+Exit status 1 if an OOD set had to be skipped; if all were, nothing is written.
 """
 
 import hashlib
 import io
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,9 +39,9 @@ CLOSED_SET_HELP = f"{ood_data.CLOSED_SET_NAMES}; by default what the checkpoint'
 class Config:
     """The published evaluation. Edit a value here, or pass it as a flag."""
 
-    checkpoint: tuple[str, ...] = ()  # of one run, or of several; by default <dataset>_resnet18.pth
+    checkpoint: tuple[str, ...] = ()  # of one run, or of several; by default train.py's
     dataset: Annotated[str | None, arg(help=CLOSED_SET_HELP)] = None
-    data_root: str = ood_data.DATA_ROOT  # where torchvision's data sets lie, or are downloaded to
+    data_root: str = train.Config.data_root  # where torchvision's data sets are
     ood_types: Annotated[tuple[str, ...], arg(help=ood_data.OOD_SET_NAMES)] = (
         "gaussian",
         "rademacher",
@@ -50,13 +49,13 @@ class Config:
         "svhn",
     )
     score: Literal[tuple(SCORES)] = "msp"  # what the report and the picture show
-    batch_size: int = ood_data.EVAL_BATCH_SIZE  # no figure depends on it
+    batch_size: int = ood_data.EVAL_BATCH_SIZE  # affects speed and memory only
     seed: int = ood_data.NOISE_SEED  # of the noises
     device: str | None = None  # by default cuda, mps or cpu, whichever is there first
     output: str | None = None  # folder to write to, by default that of each checkpoint
 
 
-OOD_SHARE = 5  # one OOD image for so many test images: the chance level of AUPR depends on it
+OOD_SHARE = 5  # one OOD image for five test images: the chance level of AUPR depends on it
 CLOSED = "closed set"
 SPLIT = "right / wrong"  # correctly classified test images against misclassified ones
 # One run on CIFAR-100 with MSP: AUROC, AUPR, FPR95, in-distribution positive.
@@ -68,27 +67,90 @@ PUBLISHED = {
     "blob": (68.06, 92.75, 97.55),
     "svhn": (66.97, 91.65, 89.05),
 }
+METRICS = {
+    "auroc": "AUROC",
+    "aupr": "AUPR, in-distribution positive",
+    "fpr95": "FPR95, in-distribution positive",
+    "aupr_out": "AUPR, OOD positive",
+    "fpr95_out": "FPR95, OOD positive",
+}
 
 
-# ----------------------------------------------------------------------------------------
-# Load
+def evaluate(config=None):
+    """Evaluate checkpoints, write and print the report; return what the JSON holds.
+
+    config: a Config, by default the published evaluation. Raises InputError or OSError.
+    """
+    config = config or Config()
+    results, networks, loaders = load(config)
+    labels = loaders[CLOSED].labels.cpu().numpy()
+    files, pictured = {}, None
+    for path, model in networks.items():
+        scores, predictions = score_sets(model, loaders)
+        run, rows, sets = measure_run(path, scores, predictions, labels)
+        results["checkpoints"].append(run)
+        results["rows"] += rows
+        results["sets"] += sets
+        files[output_path(config, path, ".ood.npz")] = pack(scores, predictions, labels)
+        pictured = pictured or scores  # the first run's
+    if len(loaders) > 1 or not config.ood_types:
+        first = next(iter(networks))
+        files[output_path(config, first, ".ood.json")] = json.dumps(results, indent=1).encode()
+        files[output_path(config, first, ".ood.png")] = draw(results, pictured, loaders)
+        for file, content in files.items():
+            ood_utils.write_file(file, content)
+    else:  # every set was skipped: earlier files are kept
+        files = {}
+    print_report(results)
+    print_tables(results)
+    for file in files:
+        print(f"wrote {file}")
+    return results
 
 
-def check_closed_set(path, model, dataset):
-    """Raise InputError, before anything is read, if the checkpoint is of another closed set."""
+# Load -----------------------------------------------------------------------------------
+
+
+def load(config):
+    """Read and check everything that a Config names, before anything is scored.
+
+    Returns the start of the JSON, {path: network}, and {name: loader} with the closed set
+    first. Raises InputError or OSError; an unavailable OOD set is listed under "skipped".
+    """
+    if config.batch_size < 1 or config.seed < 0:
+        raise InputError("--batch-size must be at least 1 and --seed at least 0.")
+    names = config.checkpoint or [None]
+    default = config.dataset or train.Config.dataset
+    paths = list(dict.fromkeys(train.checkpoint_path(name, default) for name in names))
+    networks = {path: train.load_network(path) for path in paths}
+    if len({output_path(config, path, "") for path in paths}) < len(paths):
+        raise InputError("Checkpoints of the same name would overwrite each other's files.")
+    for path in paths:
+        output_path(config, path, "").parent.mkdir(parents=True, exist_ok=True)
+    log = train.read_log(paths[0])
+    dataset = config.dataset or (log["config"]["dataset"] if log else default)
+    sets = name_sets(config.ood_types, dataset)
+    device = ood_utils.pick_device(config.device)
+    settings = asdict(config) | {"dataset": dataset, "ood_types": list(sets)}
+    del settings["output"]  # no figure depends on it
+    results = {"config": settings, "checkpoints": [], **ood_utils.describe(device)}
+    print(f"device: {results['device']}, float32", file=sys.stderr)
+    test_loader = train.get_loader(
+        False, dataset, config.data_root, config.batch_size, device=device
+    )
+    for path, model in networks.items():
+        check_closed_set(path, model, dataset, test_loader.classes)
+        model.to(device)
+    loaders, results["skipped"] = build_loaders(config, sets, test_loader, device)
+    return results | {"rows": [], "sets": []}, networks, loaders
+
+
+def check_closed_set(path, model, dataset, classes):
+    """Raise InputError if the checkpoint is of another closed set; name an unfinished run."""
     log = train.read_log(path)
-    folder = Path(dataset).expanduser() / "train"
-    if dataset in ood_data.CLOSED_SETS:
-        count, _ = ood_data.CLOSED_SETS[dataset]
-        same = log is None or log["config"]["dataset"] == dataset
-    elif folder.is_dir():
-        classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-        count = len(classes)
-        same = log is None or log.get("classes") == classes
-    else:
-        raise InputError(f"Unknown data set {dataset!r}: use {ood_data.CLOSED_SET_NAMES}.")
-    if not same or count != model.fc.out_features:
-        trained_on = log["config"]["dataset"] if log else f"{model.fc.out_features} classes"
+    outputs = ood_utils.last_layer(model).out_features
+    if (log["classes"] if log else outputs) != (classes if log else len(classes)):
+        trained_on = log["config"]["dataset"] if log else f"{outputs} classes"
         raise InputError(
             f"{path} was trained on {trained_on}, not on {dataset}: pass its --dataset."
         )
@@ -102,7 +164,7 @@ def name_sets(ood_types, dataset):
     sets = {}
     known = [*ood_data.NOISES, *ood_data.OOD_IMAGES]
     for ood_type in dict.fromkeys(ood_types):
-        ood_data.check_ood_type(ood_type, dataset)
+        ood_data.check_ood_name(ood_type, dataset)
         name = ood_type if ood_type in known else Path(ood_type).expanduser().resolve().name
         if name in sets or name == CLOSED or (name in known and name != ood_type):
             raise InputError(f"Two sets would be named {name!r}: rename the folder {ood_type}.")
@@ -124,34 +186,37 @@ def build_loaders(config, sets, test_loader, device):
     return loaders, skipped
 
 
-# ----------------------------------------------------------------------------------------
-# Score and measure
+def output_path(config, path, ending):
+    """Where a file about the checkpoint at path goes: into --output, or beside it."""
+    folder = Path(config.output).expanduser() if config.output else path.parent
+    return folder / f"{path.stem}{ending}"
+
+
+# Score and measure ----------------------------------------------------------------------
+
+
+def all_scores(logits):
+    """float64 (N, len(SCORES) + 1): every score; in the last column the predicted class."""
+    columns = [score(logits) for score in SCORES.values()]
+    return torch.stack([*columns, logits.argmax(1).double()], dim=1)
 
 
 def score_sets(model, loaders):
-    """One forward pass over every set.
-
-    Returns {name: float64 (N, len(SCORES))}, {name: predictions int64 (N,)}, and the closed
-    set's labels, int64 (N,).
-    """
+    """{name: scores float64 (N, len(SCORES))} and {name: predictions int64 (N,)} of every set."""
     scores, predictions = {}, {}
     for name, loader in loaders.items():
-        logits, labels = ood_utils.get_logits(model, loader)
-        columns = [score(logits.double()) for score in SCORES.values()]
-        scores[name] = torch.stack(columns, dim=1).numpy()
-        predictions[name] = logits.argmax(1).numpy()
-        if name == CLOSED:
-            closed_labels = labels.numpy()
-    return scores, predictions, closed_labels
+        columns = ood_utils.get_ood_scores(model, loader, score=all_scores)
+        scores[name] = columns[:, :-1]
+        predictions[name] = columns[:, -1].astype(np.int64)
+    return scores, predictions
 
 
 def measure(pos, neg):
     """Counts, and metrics in percent in both conventions; None where a group is empty."""
     total = len(pos) + len(neg)
     row = {"positives": len(pos), "negatives": len(neg)}
-    row["chance_aupr"] = 100 * len(pos) / total
-    row["chance_aupr_out"] = 100 * len(neg) / total
-    row |= dict.fromkeys(("auroc", "aupr", "fpr95", "aupr_out", "fpr95_out"))
+    row |= {"chance_aupr": 100 * len(pos) / total, "chance_aupr_out": 100 * len(neg) / total}
+    row |= dict.fromkeys(METRICS)
     if len(pos) and len(neg):
         auroc, aupr, fpr95 = ood_utils.get_performance(pos, neg)
         row |= {"auroc": 100 * auroc, "aupr": 100 * aupr, "fpr95": 100 * fpr95}
@@ -160,32 +225,44 @@ def measure(pos, neg):
     return row
 
 
-def measure_checkpoint(path, scores, predictions, labels):
-    """Return what the JSON holds of one checkpoint: its own figures, rows and sets."""
+def name_file(path):
+    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def measure_run(path, scores, predictions, labels):
+    """Return what the JSON holds of one checkpoint: its own figures, its rows, its sets."""
     correct = predictions[CLOSED] == labels
-    checkpoint = {"path": str(path), "error_rate": 100 * (1 - correct.mean())}
-    checkpoint |= {"threshold": {}, "aurc": {}, "augrc": {}}
-    rows = []
+    run = {**name_file(path), "error_rate": 100 * (1 - correct.mean())}
+    run |= {"threshold": {}, "aurc": {}, "augrc": {}}
+    rows, sets = [], []
     for column, score in enumerate(SCORES):
-        values = scores[CLOSED][:, column]
-        checkpoint["threshold"][score] = ood_utils.get_threshold(values)
-        checkpoint["aurc"][score] = 100 * ood_utils.aurc(values, correct)
-        checkpoint["augrc"][score] = 100 * ood_utils.augrc(values, correct)
-        pairs = {SPLIT: (values[correct], values[~correct])}
-        pairs |= {name: (values, scores[name][:, column]) for name in scores if name != CLOSED}
+        closed = scores[CLOSED][:, column]
+        run["threshold"][score] = ood_utils.get_threshold(closed)
+        run["aurc"][score] = 100 * ood_utils.aurc(closed, correct)
+        run["augrc"][score] = 100 * ood_utils.augrc(closed, correct)
+        pairs = {SPLIT: (closed[correct], closed[~correct])}
+        pairs |= {name: (closed, scores[name][:, column]) for name in scores if name != CLOSED}
         for name, (pos, neg) in pairs.items():
             row = {"checkpoint": str(path), "set": name, "score": score}
             rows.append(row | measure(pos, neg))
-    sets = []
     for name, classes in predictions.items():
         effective, largest = ood_utils.predicted_classes(classes)
         row = {"checkpoint": str(path), "set": name, "images": len(classes)}
         sets.append(row | {"effective_classes": effective, "largest_share": 100 * largest})
-    return checkpoint, rows, sets
+    return run, rows, sets
 
 
-# ----------------------------------------------------------------------------------------
-# Report
+def pack(scores, predictions, labels):
+    """The bytes of the .npz: what any other metric needs."""
+    arrays = {"score_names": list(SCORES), "labels": labels, "predictions": predictions[CLOSED]}
+    arrays |= {f"scores/{name}": array for name, array in scores.items()}
+    arrays |= {f"predictions/{name}": array for name, array in predictions.items()}
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    return content.getvalue()
+
+
+# Report ---------------------------------------------------------------------------------
 
 
 def shown_rows(results):
@@ -203,11 +280,11 @@ def published_of(results):
 def print_report(results):
     """The published report: in-distribution, or correctly classified, is the positive class."""
     rows = shown_rows(results)
-    for checkpoint in results["checkpoints"]:
+    for run in results["checkpoints"]:
         if len(results["checkpoints"]) > 1:
-            print(f"checkpoint: {checkpoint['path']}")
-        print(f"Error Rate {checkpoint['error_rate']:.4f}")
-        of_run = rows[rows["checkpoint"] == checkpoint["path"]].set_index("set")
+            print(f"checkpoint: {run['path']}")
+        print(f"Error Rate {run['error_rate']:.4f}")
+        of_run = rows[rows["checkpoint"] == run["path"]].set_index("set")
         for name in (SPLIT, *results["config"]["ood_types"]):
             if name != SPLIT:
                 print(f"ood type: {name}")
@@ -241,75 +318,46 @@ def print_table(table, title):
     print()
 
 
-def print_closed_set(results):
-    """Error rate, the risks of selective classification, and the threshold of the score."""
-    score, runs = results["config"]["score"], results["checkpoints"]
-    of_runs = f" of {len(runs)} runs, mean +- sample standard deviation" if len(runs) > 1 else ""
-    print(f"\n{score}{of_runs}, in percent; higher scores mean more in-distribution\n")
-    error_rate = spread([run["error_rate"] for run in runs])
-    if published_of(results):
-        error_rate += f" (published {PUBLISHED_ERROR_RATE:.2f})"
-    aurc = spread([run["aurc"][score] for run in runs])
-    augrc = spread([run["augrc"][score] for run in runs])
-    thresholds = ", ".join(f"{run['threshold'][score]:.4f}" for run in runs)
-    print(f"Closed set: error rate {error_rate}; AURC {aurc}, AUGRC {augrc} (lower is better)")
-    print(f"95% of the closed set scores at least {thresholds}\n")
-
-
-def print_performance(results, positive, out=""):
-    """The metrics of one convention; out: "" or "_out", the ending of their names in a row."""
-    sets = shown_rows(results).groupby("set", sort=False)
-    table = sets[["auroc", f"aupr{out}", f"fpr95{out}"]].agg(spread)
-    table.columns = ["AUROC", "AUPR", "FPR95"]
-    table["chance AUPR"] = sets[f"chance_aupr{out}"].mean().map("{:.2f}".format)
+def print_performance(results):
+    """Every metric of every set, both conventions."""
+    rows = shown_rows(results).groupby("set", sort=False)
+    table = rows[list(METRICS)].agg(spread).rename(columns=METRICS)
+    classes = pd.DataFrame(results["sets"]).groupby("set")["effective_classes"].agg(spread)
+    table["effective classes"] = classes.reindex(table.index, fill_value="")
     table = table.reindex([*table.index, *results["skipped"]], fill_value="skipped")
-    if published_of(results) and not out:
-        published = {
-            name: "{:.2f} / {:.2f} / {:.2f}".format(*PUBLISHED[name]) for name in PUBLISHED
-        }
-        table["published"] = [published.get(name, "") for name in table.index]
-    print_table(table, f"positive: {positive}")
+    published = published_of(results)
+    if published:
+        cells = {name: "{:.2f} / {:.2f} / {:.2f}".format(*published[name]) for name in published}
+        table["published"] = [cells.get(name, "") for name in table.index]
+    print_table(table, results["config"]["score"])
 
 
-def print_scores(results, metric, title):
-    """One metric of every OOD set and of their mean, by score."""
+def print_scores(results, metric):
+    """One metric by score, of every OOD set and of the means of noises and of image sets."""
     rows = pd.DataFrame(results["rows"])
     rows = rows[rows["set"] != SPLIT]
-    means = rows.groupby(["checkpoint", "score"], sort=False)[metric].mean().reset_index()
-    rows = pd.concat([rows, means.assign(set="mean over sets")])
-    table = rows.pivot_table(metric, index="set", columns="score", aggfunc=spread, sort=False)
-    print_table(table, title)
-
-
-def print_predicted_classes(results):
-    sets = pd.DataFrame(results["sets"]).groupby("set", sort=False)
-    table = sets[["effective_classes", "largest_share"]].agg(spread)
-    table.columns = ["effective classes", "largest share"]
-    table.insert(0, "images", sets["images"].first().astype(str))
-    print_table(table, "predicted classes")
-    print("Effective classes: exp of the entropy of the predicted classes. The fewer, the more a")
-    print("set is one draw for each network instead of many images: its row moves with the seed.")
+    kinds = rows["set"].isin(list(ood_data.NOISES))
+    kinds = kinds.map({True: "mean of noises", False: "mean of image sets"})
+    keys = ["checkpoint", "score", "set"]
+    means = rows.assign(set=kinds).groupby(keys, sort=False)[metric].mean().reset_index()
+    table = pd.concat([rows, means])
+    table = table.pivot_table(metric, index="set", columns="score", aggfunc=spread, sort=False)
+    print_table(table, METRICS[metric])
 
 
 def print_tables(results):
-    """Markdown tables of what the JSON holds; each names its positive class."""
-    print_closed_set(results)
-    print_performance(results, "in-distribution, right")
-    print_performance(results, "OOD, wrong", "_out")
-    if len(results["sets"]) > len(results["checkpoints"]):  # more than the closed set
-        print_scores(results, "auroc", "AUROC")
-        print_scores(results, "fpr95", "FPR95, in-distribution positive")
-    print_predicted_classes(results)
+    """Markdown tables of what the JSON holds."""
+    runs = results["checkpoints"]
+    error_rate = spread([run["error_rate"] for run in runs])
+    published = f" (published {PUBLISHED_ERROR_RATE:.2f})" if published_of(results) else ""
+    of_runs = f" of {len(runs)} runs, mean +- sample standard deviation," if len(runs) > 1 else ""
+    print(f"\nIn percent{of_runs} error rate {error_rate}{published}\n")
+    print_performance(results)
+    if len(results["sets"]) > len(runs):  # more than the closed set
+        print_scores(results, "auroc")
 
 
-# ----------------------------------------------------------------------------------------
-# Picture
-
-
-def log_odds(scores):
-    """log(p / (1 - p)): a third of the closed set's MSP lies within 0.01 of 1."""
-    scores = np.clip(scores, 1e-5, 1 - 1e-5)
-    return np.log(scores / (1 - scores))
+# Picture --------------------------------------------------------------------------------
 
 
 def to_pixels(images):
@@ -327,194 +375,61 @@ def short(name):
     return name if len(name) <= 25 else f"{name[:24]}…"
 
 
-def draw_rocs(axes, scores, colours):
-    """The ROC curve of each set; scores {set: (N,)}, the closed set's among them."""
-    from sklearn.metrics import roc_curve
-
-    axes.plot([0, 1], [0, 1], color="0.8")
-    for name, colour in colours.items():
-        is_in = np.repeat([1, 0], [len(scores[CLOSED]), len(scores[name])])
-        fpr, tpr, _ = roc_curve(is_in, np.concatenate([scores[CLOSED], scores[name]]))
-        axes.plot(fpr, tpr, color=colour)
-    axes.set_xlabel("OOD accepted (false positive rate)")
-    axes.set_ylabel("closed set accepted (true positive rate)")
-
-
-def draw_dots(axes, rows, published, colours):
-    """A line a set, a dot a checkpoint, a cross the published figure; in grey, chance."""
-    names = list(rows["set"].unique())
+def draw_dots(axes, results):
+    """A line for each set, a dot for each run, a cross for the published figure; grey: chance."""
+    published = published_of(results)
+    sets = shown_rows(results).groupby("set", sort=False)["auroc"]
     axes.axvline(50, color="0.8")
-    for y, name in enumerate(names):
-        aurocs = rows[rows["set"] == name]["auroc"]
-        axes.plot(aurocs, [y] * len(aurocs), "o", color=colours.get(name, "0.3"), alpha=0.7)
+    for y, (name, aurocs) in enumerate(sets):
+        axes.plot(aurocs, [y] * len(aurocs), "o", color="C0", alpha=0.7)
         if name in published:
             axes.plot(published[name][0], y, "x", color="black", markersize=8)
-    axes.set_yticks(range(len(names)), [short(name) for name in names])
+    axes.set_yticks(range(len(sets)), [short(name) for name in sets.groups])
     axes.invert_yaxis()
-    axes.set_xlabel("AUROC: a dot a run" + (", x published" if published else ""))
+    axes.set_xlabel("AUROC: a dot for each run" + (", x published" if published else ""))
 
 
-def draw_scores(axes, closed, scores, colour, bins, is_msp):
+def draw_scores(axes, name, closed, ood):
     """A set's scores over the closed set's in grey, and the threshold of the latter."""
-    for values, fill in ((closed, "0.5"), (scores, colour)):
+    everything = np.concatenate([closed, ood])
+    bins = np.linspace(everything.min(), everything.max() + 1e-9, 41)
+    for values, colour in ((ood, "C1"), (closed, "0.5")):
         share = np.full(len(values), 100 / len(values))
-        axes.hist(values, bins, weights=share, color=fill, alpha=0.6)
+        axes.hist(values, bins, weights=share, color=colour, alpha=0.6)
     axes.axvline(ood_utils.get_threshold(closed), color="black", lw=1, ls="--")
     axes.yaxis.set_major_formatter("{x:g}%")
-    axes.tick_params(labelsize=7)
-    if is_msp:  # its log odds
-        ticks = np.array([0.1, 0.5, 0.9, 0.99, 0.9999])
-        axes.set_xticks(log_odds(ticks), [f"{tick:g}" for tick in ticks])
-        axes.set_xlim(bins[0], bins[-1])
+    axes.set_title(short(name), loc="left", fontsize=8)
 
 
 def draw(results, scores, loaders):
-    """PNG bytes: ROC curves, or AUROCs of several runs, then images and scores of each set.
+    """PNG bytes: AUROC of every run; images of every set, and its scores with the first run.
 
-    scores: {set: (N,)} of the first checkpoint.
+    scores: {set: (N, len(SCORES))} of that run.
     """
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-    rows = shown_rows(results)
-    names = [name for name in scores if name != CLOSED]
-    hues = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(names)))
-    colours = dict(zip(names, hues, strict=True))
-    is_msp = results["config"]["score"] == "msp"
-    shown = {name: log_odds(values) if is_msp else values for name, values in scores.items()}
-    everything = np.concatenate(list(shown.values()))
-    low, high = everything.min(), everything.max()
-    bins = np.linspace(low, max(high, low + 0.01), 41)
-
-    columns = 1 if len(scores) <= 3 else 2
-    lines = math.ceil(len(scores) / columns)
-    size = (11, max(3.8, 1.3 * lines + 0.6))
-    spines = {"axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context({"font.size": 8, **spines}):
-        figure = Figure(size, dpi=130, layout="constrained")
-        left, right = figure.subfigures(1, 2, width_ratios=(1, 1.6))
-        if len(results["checkpoints"]) > 1:
-            draw_dots(left.subplots(), rows, published_of(results), colours)
-        else:
-            draw_rocs(left.subplots(), scores, colours)
-        first = Path(results["checkpoints"][0]["path"]).stem
-        what = f"{results['config']['score']} of {short(first)}"
-        what += ", AUROC; grey: closed set, 95% of it right of the dashed line"
-        right.suptitle(what, fontsize=9)
-        panels = right.subplots(lines, 2 * columns, width_ratios=(1, 2.6) * columns, squeeze=False)
-        for axes in panels.flat[2 * len(scores) :]:
-            axes.axis("off")
-        for (pixels, axes), name in zip(panels.reshape(-1, 2), scores, strict=False):
+    score = results["config"]["score"]
+    shown = {name: array[:, list(SCORES).index(score)] for name, array in scores.items()}
+    if score == "msp":  # a third of the closed set's is within 0.01 of 1
+        shown = {name: np.clip(p, 1e-5, 1 - 1e-5) for name, p in shown.items()}
+        shown = {name: np.log(p / (1 - p)) for name, p in shown.items()}
+    style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(style):
+        figure = Figure((11, 1.1 * len(scores) + 1), dpi=130, layout="constrained")
+        left, right = figure.subfigures(1, 2)
+        draw_dots(left.subplots(), results)
+        panels = right.subplots(len(scores), 2, width_ratios=(1, 4), squeeze=False)
+        for (pixels, axes), name in zip(panels, scores, strict=True):
             pixels.imshow(to_pixels(loaders[name].images))
             pixels.axis("off")
-            colour = colours.get(name, "0.5")
-            draw_scores(axes, shown[CLOSED], shown[name], colour, bins, is_msp)
-            title = short(name)
-            if name != CLOSED:
-                auroc = rows[rows["set"] == name]["auroc"].iloc[0]  # of the first checkpoint
-                title += f"  {auroc:.1f}"
-            axes.set_title(title, loc="left", fontsize=8, color=colour)
+            draw_scores(axes, name, shown[CLOSED], shown[name])
+        what = "log odds of msp" if score == "msp" else score
+        first = short(Path(results["checkpoints"][0]["path"]).stem)
+        right.suptitle(f"{what}, {first}; grey: closed set, 95% of it right of the line")
         content = io.BytesIO()
         figure.savefig(content, format="png")
     return content.getvalue()
-
-
-# ----------------------------------------------------------------------------------------
-# Evaluation
-
-
-def output_path(config, path, ending):
-    """Where a file about the checkpoint at path goes: into --output, or beside it."""
-    folder = Path(config.output).expanduser() if config.output else path.parent
-    return folder / path.with_suffix(ending).name
-
-
-def load(config):
-    """Read and check everything that a Config names, before anything is scored.
-
-    Returns what the JSON says of it, and the checkpoints' paths, their networks, and
-    {name: loader}, the closed set's first. Raises InputError or OSError; an OOD set that
-    cannot be had is listed under "skipped".
-    """
-    if config.batch_size < 1 or config.seed < 0:
-        raise InputError("--batch-size must be at least 1 and --seed at least 0.")
-    dataset = config.dataset or ood_data.DATASET
-    paths = [ood_utils.checkpoint_path(name, dataset) for name in config.checkpoint or [None]]
-    networks = [train.load_network(path) for path in paths]
-    log = train.read_log(paths[0])
-    if log and config.dataset is None:
-        dataset = log["config"]["dataset"]
-    for path, model in zip(paths, networks, strict=True):
-        check_closed_set(path, model, dataset)
-    sets = name_sets(config.ood_types, dataset)
-    outputs = {output_path(config, path, ".ood.npz") for path in paths}
-    if len(outputs) < len(paths):
-        raise InputError("Checkpoints of the same name would overwrite each other's files.")
-    for output in outputs:
-        ood_utils.check_writable(output.parent, "--output")
-    device = ood_utils.pick_device(config.device)
-    settings = asdict(config) | {"dataset": dataset, "ood_types": list(sets)}
-    del settings["output"]  # no figure depends on it
-    results = {"config": settings, "checkpoints": []}
-    for path in paths:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        results["checkpoints"].append({"path": str(path), "sha256": digest})
-    results |= ood_utils.describe(device)
-    print(f"device: {results['device']}, float32", file=sys.stderr)
-    test_loader = train.get_loader(
-        False, dataset, config.data_root, config.batch_size, device=device
-    )
-    loaders, results["skipped"] = build_loaders(config, sets, test_loader, device)
-    return results, paths, [model.to(device) for model in networks], loaders
-
-
-def evaluate(config=None):
-    """Evaluate checkpoints, write and print the report; return what the JSON holds.
-
-    config: a Config, by default the published evaluation. Raises what load raises.
-    """
-    config = config or Config()
-    results, paths, networks, loaders = load(config)
-    results |= {"rows": [], "sets": []}
-    scored = []
-    for path, model, checkpoint in zip(paths, networks, results["checkpoints"], strict=True):
-        arrays = score_sets(model, loaders)
-        figures, rows, sets = measure_checkpoint(path, *arrays)
-        checkpoint.update(figures)
-        results["rows"] += rows
-        results["sets"] += sets
-        scored.append(arrays)
-
-    files = []
-    if len(loaders) > 1 or not config.ood_types:  # where every set was skipped, the old are kept
-        files = write_results(config, paths, results, scored, loaders)
-    print_report(results)
-    print_tables(results)
-    for file in files:
-        print(f"wrote {file}")
-    return results
-
-
-def write_results(config, paths, results, scored, loaders):
-    """Write JSON, PNG and a .npz for each checkpoint; return their paths."""
-    files = {}
-    for path, (scores, predictions, labels) in zip(paths, scored, strict=True):
-        arrays = {"score_names": list(SCORES), "labels": labels}
-        arrays["predictions"] = predictions[CLOSED]
-        arrays |= {f"scores/{name}": array for name, array in scores.items()}
-        arrays |= {f"predictions/{name}": array for name, array in predictions.items()}
-        content = io.BytesIO()
-        np.savez_compressed(content, **arrays)
-        files[output_path(config, path, ".ood.npz")] = content.getvalue()
-    column = list(SCORES).index(config.score)
-    scores, _, _ = scored[0]
-    first = {name: array[:, column] for name, array in scores.items()}
-    text = json.dumps(results, indent=1)
-    files[output_path(config, paths[0], ".ood.json")] = text.encode()
-    files[output_path(config, paths[0], ".ood.png")] = draw(results, first, loaders)
-    for file, content in files.items():
-        ood_utils.write_file(file, content)
-    return list(files)
 
 
 if __name__ == "__main__":

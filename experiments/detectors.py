@@ -105,7 +105,7 @@ def get_aurocs(scores):
 def compare(config):
     """Score every set with every detector; print the tables, write and return the JSON."""
     config.output = config.output or str(RESULTS)
-    results, paths, networks, loaders = evaluation.load(config)
+    results, networks, loaders = evaluation.load(config)
     if len(loaders) == 1:
         skipped = "; ".join(results["skipped"].values())
         raise ood_utils.InputError(f"No OOD set to compare on: pass --ood-types. {skipped}")
@@ -114,9 +114,9 @@ def compare(config):
     training = train.get_loader(
         True, dataset, config.data_root, config.batch_size, device=device, augment=False
     )
-    results["rows"] = []
-    for path, model in zip(paths, networks, strict=True):
-        last = copy.deepcopy(model.fc).cpu().requires_grad_(False)
+    for path, model in networks.items():
+        results["checkpoints"].append(evaluation.name_file(path))
+        last = copy.deepcopy(ood_utils.last_layer(model)).cpu().requires_grad_(False)
         to_fit = represent(model, last, training)
         sets = {name: represent(model, last, loader) for name, loader in loaders.items()}
         for name, detector in tqdm(build_detectors(model, last).items(), path.stem, disable=None):

@@ -45,23 +45,26 @@ def published_test_pass(model, images, order):
 def ask(config):
     """Evaluate every network before and after; print the table, write and return the JSON."""
     config.output = config.output or str(RESULTS)
-    results, paths, networks, loaders = evaluation.load(config)
+    results, networks, loaders = evaluation.load(config)
     images = loaders[evaluation.CLOSED].images
     if len(images) % BATCH_SIZE == 1:
         raise ood_utils.InputError("Batch norm cannot be trained on a last batch of one image.")
     orders = {BEFORE: None, "order 0": np.arange(len(images))}
     for seed in range(1, ORDERS):
         orders[f"order {seed}"] = np.random.default_rng(seed).permutation(len(images))
-    results["rows"] = []
-    for path, network in zip(paths, networks, strict=True):
+    labels = loaders[evaluation.CLOSED].labels.cpu().numpy()
+    for path, network in networks.items():
         for name, order in orders.items():
             model = copy.deepcopy(network)
             if order is not None:
                 published_test_pass(model, images, order)
-            arrays = evaluation.score_sets(model, loaders)
-            checkpoint, rows, _ = evaluation.measure_checkpoint(path, *arrays)
-            of_pass = {"test_pass": name, "error_rate": checkpoint["error_rate"]}
+            run, rows, _ = evaluation.measure_run(
+                path, *evaluation.score_sets(model, loaders), labels
+            )
+            of_pass = {"test_pass": name, "error_rate": run["error_rate"]}
             results["rows"] += [row | of_pass for row in rows]
+            if order is None:
+                results["checkpoints"].append({"path": run["path"], "sha256": run["sha256"]})
     print_tables(results)
     file = Path(config.output).expanduser() / "published_test_pass.json"
     ood_utils.write_file(file, json.dumps(results, indent=1).encode())

@@ -70,7 +70,9 @@ def class_folder(tmp_path):
 
 def small_config(folder, checkpoint, **options):
     """Four epochs of two steps each; on the CPU, where the same run has the same bits."""
-    options = {"epochs": 4, "batch_size": 12, "lr": 0.02, "device": "cpu"} | options
+    defaults = {"epochs": 4, "batch_size": 12, "lr": 0.02, "device": "cpu", "seed": 0}
+    defaults |= {"schedule": "steps", "milestones": (0.5, 0.7), "stem": "imagenet"}
+    options = defaults | options
     return train.Config(dataset=str(folder), checkpoint=str(checkpoint), **options)
 
 
@@ -112,13 +114,13 @@ def digits_run(tmp_path_factory):
     """(folder, what train.py printed) of three epochs on digits."""
     folder = tmp_path_factory.mktemp("digits")
     flags = "--dataset digits --epochs 3 --lr 0.05 --batch-size 64 --device cpu"
-    out = io.StringIO()
-    out.reconfigure = lambda **options: None
+    out = io.TextIOWrapper(io.BytesIO())
     redirected = contextlib.redirect_stdout(out)
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder), redirected:
         patch.setattr(sys, "argv", ["train.py", *flags.split()])
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    return folder, out.getvalue()
+    out.seek(0)
+    return folder, out.read()
 
 
 @pytest.fixture

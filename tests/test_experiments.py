@@ -1,17 +1,17 @@
 """The experiments on digits, against torchvision's network and figures known by hand."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
-from torchvision.models import resnet18
 
 import ood_data
 import test as evaluation
 import train
-from experiments import detectors, float16, published_test_pass
+from experiments import detectors, published_test_pass
 from ood_utils import InputError, get_features, get_performance
 
 CHECKPOINT = "digits_resnet18.pth"
@@ -27,18 +27,17 @@ def cells(capsys):
 
 
 def test_the_published_test_pass_is_a_test_in_train_mode(in_digits_run):
-    """The statistics that torchvision's network has after the usual loop without model.eval()."""
+    """The statistics that a network has after the usual loop without model.eval()."""
     loader = train.get_loader(False, "digits", batch_size=128)
-    full = resnet18(num_classes=10)
-    full.load_state_dict(torch.load(CHECKPOINT, weights_only=True))
+    model = train.load_network(CHECKPOINT)
+    full = copy.deepcopy(model)
     with torch.no_grad():
         for images, _ in loader:  # 128, 128 and 104
             full.train()(images)
-    model = train.load_network(CHECKPOINT)
     published_test_pass.published_test_pass(model, loader.images, np.arange(360))
     assert not model.training
     expected = full.state_dict()
-    for name, value in train.to_torchvision(model).items():
+    for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
@@ -68,40 +67,6 @@ def test_the_table_of_the_test_pass_by_hand(capsys):
     assert error_rate[1:] == [before, after, "0.50", "46.00 to 48.00", "46.30", "yes"]
     assert auroc[4:] == ["81.00 to 82.00", "81.98", "yes"]
     assert aupr[4:] == ["50.00 to 50.00", "85.74", "no, by 35.74"]
-
-
-def test_a_rounded_file_is_torchvisions_and_has_the_figures_shown(in_digits_run, tmp_path):
-    results = float16.measure_rounding(config(tmp_path, "photos"))
-    rounded = tmp_path / CHECKPOINT
-    assert rounded.stat().st_size < 10e6 < (in_digits_run / CHECKPOINT).stat().st_size
-    state = torch.load(rounded, weights_only=True)
-    assert state["fc.weight"].dtype == torch.float16
-    resnet18(num_classes=10).load_state_dict(state)
-    shown = [row for row in results["rows"] if row.pop("weights") == "float16"]
-    of_file = evaluation.evaluate(evaluation.Config((str(rounded),), ood_types=("photos",)))
-    for row, other in zip(shown, of_file["rows"], strict=True):
-        figures = {name: value for name, value in row.items() if name in float16.METRICS}
-        assert figures == {name: other[name] for name in figures} and row["set"] == other["set"]
-    assert shown[0]["error_rate"] == of_file["checkpoints"][0]["error_rate"]
-    assert json.loads((tmp_path / "float16.json").read_text())["rows"]
-    with pytest.raises(InputError, match="would replace"):
-        float16.measure_rounding(config(in_digits_run, "photos"))
-
-
-def test_the_largest_change_by_rounding_by_hand(capsys):
-    rows = [
-        {"checkpoint": path, "weights": weights, "set": "svhn", "score": "msp"}
-        | {"error_rate": value, "auroc": 2 * value, "aupr": -value, "fpr95": 50.0}
-        for path, weights, value in (
-            ("a", "float32", 40.0),
-            ("a", "float16", 40.5),
-            ("b", "float32", 40.0),
-            ("b", "float16", 39.25),
-        )
-    ]
-    float16.print_tables({"config": {"score": "msp"}, "skipped": {}, "rows": rows})
-    out = capsys.readouterr()
-    assert "at most 0.75 points" in out.out and "1.50 |   0.75 |    0.00 |" in out.out
 
 
 def test_detectors_are_those_of_the_library(in_digits_run, tmp_path):

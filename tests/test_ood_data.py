@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from ood_data import (
     STD,
     ImageLoader,
     build_ood_loader,
-    check_ood_type,
+    check_ood_name,
     normalise,
     read_closed_set,
     read_photos,
@@ -28,10 +30,6 @@ from ood_utils import InputError
 
 def all_images(loader):
     return torch.cat([images for images, _ in loader])
-
-
-def test_the_published_constants():
-    assert MEAN == (0.4914, 0.4822, 0.4465) and STD == (0.2023, 0.1994, 0.2010)
 
 
 # Noise
@@ -189,7 +187,7 @@ def test_the_first_images_of_a_folder_are_not_all_of_one_class(tmp_path):
 
 
 @pytest.mark.parametrize("arguments,message", [
-    (("fog", 10), "Unknown OOD type 'fog': use gaussian, .*photos, or a folder"),
+    (("fog", 10), "Unknown OOD type 'fog': use gaussian, .*, or a folder"),
     (("blob", 0), "at least 1"),
     (("blob", 10, 0), "at least 1"),
 ])  # fmt: skip
@@ -239,15 +237,15 @@ def test_a_noise_may_be_an_array_or_a_tensor(kind, monkeypatch):
 
 
 def test_the_closed_set_is_no_ood_set(class_folder, tmp_path, monkeypatch):
-    check_ood_type("cifar10", "cifar100")
+    check_ood_name("cifar10", "cifar100")
     (class_folder / "far").mkdir()
-    check_ood_type(class_folder / "far", class_folder)  # beside train/ and test/
-    check_ood_type(tmp_path, "cifar100")
+    check_ood_name(class_folder / "far", class_folder)  # beside train/ and test/
+    check_ood_name(tmp_path, "cifar100")
     (tmp_path / "cifar10").mkdir()
     monkeypatch.chdir(tmp_path)
-    check_ood_type(".", "cifar10")  # another thing than ./cifar10
+    check_ood_name(".", "cifar10")  # another thing than ./cifar10
     monkeypatch.chdir(class_folder / "train")
-    check_ood_type("svhn", "../../pets")  # not ./svhn
+    check_ood_name("svhn", "../../pets")  # not ./svhn
     for name, dataset in (
         ("cifar100", "cifar100"),
         (class_folder, class_folder),
@@ -255,7 +253,7 @@ def test_the_closed_set_is_no_ood_set(class_folder, tmp_path, monkeypatch):
         (tmp_path, class_folder),
     ):
         with pytest.raises(InputError, match="closed set itself"):
-            check_ood_type(name, dataset)
+            check_ood_name(name, dataset)
 
 
 # Loader
@@ -274,47 +272,54 @@ def test_the_loader_keeps_the_last_batch_and_the_order():
 
 
 def test_epochs_are_functions_of_seed_and_epoch():
+    """Order by (seed, epoch); the generator that the transform gets by (seed, epoch, batch)."""
+
     def epoch(seed, number):
         drawn = []
 
-        def augment(images, draws):
-            drawn.append(draws)
+        def transform(images, generator):
+            drawn.append(torch.rand(1, generator=generator).item())
             return images
 
-        loader = ImageLoader(
-            numbered(50), range(50), batch_size=16, augment=augment, shuffle=True, seed=seed
-        )
+        options = {"batch_size": 16, "transform": transform, "shuffle": True, "seed": seed}
+        loader = ImageLoader(numbered(50), range(50), **options)
         loader.epoch = number
-        seen = [(images[:, 0, 0, 0], labels) for images, labels in loader]
-        assert loader.epoch == number + 1
-        return [torch.cat(parts) for parts in (*zip(*seen, strict=True), drawn)]
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        assert loader.epoch == number + 1 and torch.equal(images[:, 0, 0, 0].long(), labels)
+        return labels.tolist(), drawn
 
-    images, labels, draws = epoch(5, 3)
-    assert torch.equal(images.long(), labels) and sorted(labels.tolist()) == list(range(50))
-    assert draws.shape == (50, 3) and draws.min() >= 0 and draws.max() < 1
-    again = epoch(5, 3)
-    assert torch.equal(labels, again[1]) and torch.equal(draws, again[2])
+    labels, drawn = epoch(5, 3)
+    assert sorted(labels) == list(range(50)) and len(set(drawn)) == 4
+    assert epoch(5, 3) == (labels, drawn)
     for other in (epoch(5, 4), epoch(6, 3)):
-        assert not torch.equal(labels, other[1]) and not torch.equal(draws, other[2])
+        assert labels != other[0] and not set(drawn) & set(other[1])
 
 
-def test_processes_take_equal_shares_of_the_same_batches():
-    """Of 46 images in batches of 12, three processes leave out one image: of the last batch."""
+def test_images_of_another_form_are_refused(monkeypatch):
+    """Floats, or another size, from a function that a user adds."""
+    for images in (torch.zeros(4, 3, 32, 32), torch.zeros(4, 3, 64, 64, dtype=torch.uint8)):
+        monkeypatch.setitem(ood_data.CLOSED_SETS, "mine", lambda *a, i=images: (i, [0] * 4, ["x"]))
+        monkeypatch.setitem(ood_data.OOD_IMAGES, "mine", lambda *a, i=images: i)
+        for read in (lambda: read_closed_set("mine"), lambda: build_ood_loader("mine", 4)):
+            with pytest.raises(InputError, match=r"mine must return images uint8 \(N, 3, 32, 32\)"):
+                read()
 
-    def epoch(rank, processes, number):
-        loader = ImageLoader(
-            numbered(46), range(46), batch_size=12, shuffle=True, rank=rank, processes=processes
-        )
-        loader.epoch = number
-        return [labels.tolist() for _, labels in loader]
 
-    left_out = []
-    for number in (0, 1):
-        whole = epoch(0, 1, number)
-        shares = [epoch(rank, 3, number) for rank in range(3)]
-        for batch, *parts in zip(whole, *shares, strict=True):
-            assert [len(part) for part in parts] == [len(batch) // 3] * 3
-            left = set(batch) - set(sum(parts, []))
-            assert len(left) == len(batch) % 3
-        left_out.append(left)
-    assert left_out[0] != left_out[1]
+def test_the_former_keywords_still_work():
+    former = build_ood_loader(noise_type="blob", ood_num_examples=3)
+    assert torch.equal(former.images, build_ood_loader(name="blob", count=3).images)
+
+
+def test_downloads_into_one_folder_wait_for_each_other(tmp_path, monkeypatch):
+    """Two threads stand for two jobs: the second starts when the first has its files."""
+    events = []
+
+    class Slow:
+        def __init__(self, root, download):
+            events.append("begin")
+            time.sleep(0.2)
+            events.append("end")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: ood_data.fetch(Slow, tmp_path / "new"), range(3)))
+    assert events == ["begin", "end"] * 3

@@ -1,6 +1,6 @@
 """Scores and metrics against brute force, formulas and answers known by hand; files; device."""
 
-import os
+import contextlib
 from fractions import Fraction
 from itertools import pairwise, permutations
 
@@ -127,9 +127,9 @@ def test_scores_equal_their_formulas():
         "entropy": (p * np.log(p)).sum(1),
         "gen": -(top**0.1 * (1 - top) ** 0.1).sum(1),
     }
-    assert list(SCORES) == list(expected)
-    for name, score in SCORES.items():
-        np.testing.assert_allclose(score(logits).numpy(), expected[name], rtol=1e-12, err_msg=name)
+    for name, scores in expected.items():
+        found = getattr(ood_utils, name)(logits).numpy()
+        np.testing.assert_allclose(found, scores, rtol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -183,10 +183,11 @@ class FixedLogits(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
+        self.frozen = torch.nn.BatchNorm2d(3).eval()
         self.runs = set()
 
     def forward(self, images):
-        self.runs.add((self.training, torch.backends.cudnn.allow_tf32))
+        self.runs.add((self.training, torch.backends.cudnn.conv.fp32_precision))
         return images * self.weight
 
 
@@ -196,8 +197,7 @@ def test_get_ood_scores_is_float64_in_eval_mode_without_tf32():
     labels = torch.tensor([1, 0, 1])
     expected = logits.double().softmax(1).amax(1).tolist()
     assert logits.softmax(1).amax() == 1 and max(expected) < 1
-    model = FixedLogits().train()
-    tf32 = torch.backends.cudnn.allow_tf32
+    model = FixedLogits()
     batches = [(logits[:2], labels[:2]), (logits[2:], labels[2:])]
     dataset = torch.utils.data.TensorDataset(logits, labels)
     for loader in (batches, torch.utils.data.DataLoader(dataset, 2)):
@@ -205,20 +205,39 @@ def test_get_ood_scores_is_float64_in_eval_mode_without_tf32():
     scores, right, wrong = get_ood_scores(model, loader, closed_set=True)
     assert scores.tolist() == expected
     assert right.tolist() == expected[:2] and wrong.tolist() == expected[2:]
-    assert model.training and model.runs == {(False, False)}
-    assert torch.backends.cudnn.allow_tf32 == tf32
+    assert model.runs == {(False, "ieee")}
     with pytest.raises(ValueError, match="no batch"):
         get_ood_scores(model, [])
 
 
-def test_get_features_is_what_enters_the_last_layer():
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.ReLU())
-    model.add_module("fc", torch.nn.Linear(4, 2))
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_layer_and_setting_is_as_it_was_after_scoring(fails):
+    model = FixedLogits()
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    loader = [(None, None)] if fails else [(torch.zeros(1, 2), torch.zeros(1))]
+    with pytest.raises(AttributeError) if fails else contextlib.nullcontext():
+        get_ood_scores(model, loader)
+    assert model.training and not model.frozen.training
+    assert convolutions.fp32_precision == before
+
+
+def test_scores_do_not_depend_on_autocast_around_them():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(50, 5)
+    loader = [(torch.randn(9, 50), torch.zeros(9))]
+    expected = get_ood_scores(model, loader)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(get_ood_scores(model, loader), expected)
+
+
+def test_get_features_is_what_enters_the_last_linear_layer():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3), torch.nn.ReLU())
+    model.append(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
     images = torch.randn(5, 2, 2)
-    features = ood_utils.get_features(
-        model, [(images[:3], torch.zeros(3)), (images[3:], torch.zeros(2))]
-    )
-    assert torch.equal(features, images.flatten(1).relu()) and not model.fc._forward_pre_hooks
+    loader = [(images[:3], torch.zeros(3)), (images[3:], torch.zeros(2))]
+    features = ood_utils.get_features(model, loader)
+    assert torch.equal(features, model[:3](images)) and not model[3][0]._forward_pre_hooks
 
 
 # Files and device
@@ -234,21 +253,7 @@ def test_a_failing_write_keeps_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(ood_utils.os, "fsync", fail)
     with pytest.raises(OSError, match="No space left on device"):
         write_file(path, b"new")
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["model.pth"]
-
-
-def test_two_writers_of_one_file_never_meet(tmp_path, monkeypatch):
-    """A second write begins and ends while the first has yet to replace the file."""
-    path, real_replace = tmp_path / "a.json", os.replace
-
-    def replace(source, target):
-        monkeypatch.setattr(ood_utils.os, "replace", real_replace)
-        write_file(path, b"second")
-        real_replace(source, target)
-
-    monkeypatch.setattr(ood_utils.os, "replace", replace)
-    write_file(path, b"first")
-    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["a.json"]
+    assert path.read_bytes() == b"old"
 
 
 def test_a_gpu_without_kernels_is_found_by_launching_one(monkeypatch):
@@ -257,23 +262,5 @@ def test_a_gpu_without_kernels_is_found_by_launching_one(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **options: gpu)
     monkeypatch.setattr(torch, "ones", lambda *size, device: real_ones(*size, device="meta"))
-    with pytest.raises(InputError, match="'cuda' cannot be used .*--device cpu, or install"):
+    with pytest.raises(InputError, match="'cuda' cannot be used .*--device cpu"):
         ood_utils.pick_device()
-
-
-@pytest.mark.parametrize("error,message,status", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "pass a smaller --batch-size", 2),
-    (MemoryError("Unable to allocate 2 GiB for an array"), "pass a smaller --batch-size", 2),
-    (InputError("two\nlines"), "error: two lines", 2),
-    (InputError("no download (Connection reset by peer)"), "error: no download (Connection", 2),
-    (OSError("a disk out of memory"), "error: a disk out of memory", 2),
-    (RuntimeError("gloo: Connection reset by peer"), "error: Another process of this run", 1),
-    (FloatingPointError("The loss is nan"), "error: The loss is nan", 1),
-    (RuntimeError("a fault of ours"), "RuntimeError: a fault of ours", 1),
-])  # fmt: skip
-def test_errors_are_explained(error, message, status):
-    try:
-        raise error
-    except Exception as caught:
-        text, code = ood_utils.explain(caught)
-    assert message in text and code == status and (status == 1 or "\n" not in text)

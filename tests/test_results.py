@@ -1,21 +1,34 @@
-"""The network in results/: its figures follow from its raw scores, and these from its weights."""
+"""The shipped results: figures from scores, scores from weights, READMEs from files."""
 
 import hashlib
 import json
+import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_images
 from torchvision.models import resnet18
 
 import ood_data
+import ood_utils
 import test as evaluation
-import train
+from experiments import detectors, published_test_pass
 
+README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "results/README.md").read_text()
+EXPERIMENTS = (ROOT / "experiments/README.md").read_text()
 PATH = ROOT / "results/cifar100_seed0.pth"
 ARRAYS = np.load(PATH.with_suffix(".ood.npz"))
-RESULTS = json.loads(PATH.with_suffix(".ood.json").read_text())
+STORED_SCORES = [str(name) for name in ARRAYS["score_names"]]
+
+
+def read(name):
+    return json.loads((ROOT / "results" / name).read_text())
+
+
+SEEDS = read("cifar100_seeds.ood.json")
 
 
 def arrays_of(kind):
@@ -23,40 +36,118 @@ def arrays_of(kind):
     return {key.removeprefix(prefix): ARRAYS[key] for key in ARRAYS if key.startswith(prefix)}
 
 
-def test_the_weights_are_torchvisions():
-    resnet18(num_classes=100).load_state_dict(torch.load(PATH, weights_only=True))
-    assert PATH.stat().st_size < 9e6
+# Weights, scores, figures
 
 
 @pytest.mark.parametrize("name", [
     "cifar100_seed0.ood", "cifar100_seeds.ood", "published_test_pass", "detectors"
 ])  # fmt: skip
 def test_the_figures_are_of_these_weights(name):
-    results = json.loads((PATH.parent / f"{name}.json").read_text())
     digest = hashlib.sha256(PATH.read_bytes()).hexdigest()
-    assert results["checkpoints"][0]["sha256"] == digest
+    assert read(f"{name}.json")["checkpoints"][0]["sha256"] == digest
 
 
-def test_every_figure_follows_from_the_raw_scores():
+def test_every_figure_follows_from_the_raw_scores(monkeypatch):
+    monkeypatch.setattr(evaluation, "SCORES", dict.fromkeys(STORED_SCORES))
     arrays = arrays_of("scores"), arrays_of("predictions"), ARRAYS["labels"]
-    checkpoint, rows, sets = evaluation.measure_checkpoint(PATH, *arrays)
-    assert len(rows) == 8 * 5 and len(sets) == 8
-    for found, written in zip(
-        (checkpoint, *rows, *sets),
-        (*RESULTS["checkpoints"], *RESULTS["rows"], *RESULTS["sets"]),
-        strict=True,
-    ):
+    run, rows, sets = evaluation.measure_run(PATH, *arrays)
+    results = read("cifar100_seed0.ood.json")
+    written = (*results["checkpoints"], *results["rows"], *results["sets"])
+    for found, stored in zip((run, *rows, *sets), written, strict=True):
         for name, value in found.items():
             if name not in ("checkpoint", "path"):
-                assert written[name] == pytest.approx(value, abs=1e-9), name
+                assert stored[name] == pytest.approx(value, abs=1e-9), name
 
 
 @pytest.mark.parametrize("name", [*ood_data.NOISES, "photos"])
 def test_the_raw_scores_follow_from_the_weights(name):
-    """Of the sets that need no download."""
-    loaders = {name: ood_data.build_ood_loader(name, 2000)}
-    loaders[evaluation.CLOSED] = [(torch.zeros(1, 3, 32, 32), torch.zeros(1))]
-    scores, predictions, _ = evaluation.score_sets(train.load_network(PATH), loaders)
-    np.testing.assert_allclose(scores[name], arrays_of("scores")[name], rtol=0, atol=1e-4)
-    same = predictions[name] == arrays_of("predictions")[name]
+    """By torchvision's network, of the sets that need no download."""
+    if name not in arrays_of("scores"):
+        pytest.skip("a noise that was added")
+    model = resnet18(num_classes=100)
+    model.load_state_dict(torch.load(PATH, weights_only=True))
+    logits, _ = ood_utils.get_logits(model, ood_data.build_ood_loader(name, 2000))
+    scores = [getattr(ood_utils, score)(logits.double()) for score in STORED_SCORES]
+    stored = arrays_of("scores")[name]
+    np.testing.assert_allclose(torch.stack(scores, dim=1), stored, rtol=0, atol=1e-4)
+    same = logits.argmax(1).numpy() == arrays_of("predictions")[name]
     assert same.mean() > 0.999  # a tie may fall the other way on another processor
+
+
+def test_every_evaluated_run_has_its_log_of_the_full_recipe():
+    for seed, run in enumerate(SEEDS["checkpoints"]):
+        log = json.loads((ROOT / run["path"]).with_suffix(".json").read_text())
+        recipe = {"dataset": "cifar100", "epochs": 100, "batch_size": 128, "lr": 0.1, "seed": seed}
+        assert recipe.items() <= log["config"].items() and len(log["epochs"]) == 100
+        error_rate = 100 * (1 - log["epochs"][-1]["test_accuracy"])
+        assert error_rate == pytest.approx(run["error_rate"], abs=0.1)  # float16 moves it
+
+
+# READMEs
+
+
+def test_ci_runs_the_set_up_commands_of_the_readme():
+    commands = re.findall(r"^(pip install .*)$", README, re.MULTILINE)
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    assert len(commands) == 2 and all(command in lines for command in commands)
+
+
+@pytest.mark.parametrize("text,show,arguments", [
+    (README, evaluation.print_performance, (SEEDS,)),
+    (RESULTS, evaluation.print_scores, (SEEDS, "auroc")),
+    (RESULTS, evaluation.print_scores, (SEEDS, "fpr95")),
+    (EXPERIMENTS, published_test_pass.print_tables, (read("published_test_pass.json"),)),
+    (EXPERIMENTS, detectors.print_tables, (read("detectors.json"),)),
+])  # fmt: skip
+def test_tables_are_those_of_the_results(text, show, arguments, capsys):
+    show(*arguments)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) > 5 and all(row in text.splitlines() for row in rows)
+
+
+def test_the_findings_follow_from_the_files(capsys):
+    """What the READMEs conclude, not how they say it."""
+    aurocs = pd.DataFrame(SEEDS["rows"]).pivot_table("auroc", ["set", "checkpoint"], "score")
+    images = [name for name in SEEDS["config"]["ood_types"] if name not in ood_data.NOISES]
+    spans = aurocs["msp"].groupby("set").agg(np.ptp)
+    assert spans[images].max() < 3.9 and spans[["gaussian", "rademacher"]].min() > 15
+    assert (aurocs["max_logit"] > aurocs["msp"])[images].all()
+    rows = pd.DataFrame(read("detectors.json")["rows"])
+    noise = rows["set"].isin(list(ood_data.NOISES))
+    ranks = rows.assign(noise=noise).pivot_table("auroc", "detector", "noise")
+    ranks = ranks.rank(ascending=False)
+    assert list(ranks.loc["Mahalanobis"]) == [20, 1] and list(ranks.loc["DICE"]) == [5, 21]
+    wins = rows.pivot_table("auroc", ["set", "checkpoint"], "detector")
+    wins = wins.gt(wins["MaxSoftmax"], axis=0)
+    assert not wins.all().any() and list(wins.index[~wins["RMD"]].get_level_values(0)) == [
+        "rademacher"
+    ]
+    published_test_pass.print_tables(read("published_test_pass.json"))
+    cells = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:18]]
+    assert sum(row[-2].strip() == "yes" for row in cells) == 13
+
+
+def test_the_python_of_the_readme_runs(in_digits_run, capsys):
+    """A threshold for one image, a score from features, a detector of pytorch-ood."""
+    checkpoint = ("digits_resnet18.pth",)
+    evaluation.evaluate(evaluation.Config(checkpoint, ood_types=("gaussian",)))
+    write_images(in_digits_run / "images", 1)
+    (in_digits_run / "images/000.png").rename(in_digits_run / "image.png")
+    snippets = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    said = []
+    for snippet in snippets:
+        capsys.readouterr()
+        exec(snippet, {})
+        said.append(capsys.readouterr().out)
+    outputs = (r"(in|out) [01]\.\d+\n", r"AUROC: \d+\.\d{4}, AUPR: .*\n", r"{'AUROC': .*}\n")
+    for pattern in outputs:
+        assert any(re.fullmatch(pattern, text) for text in said), pattern
+
+
+def test_links_lead_somewhere():
+    for folder in (".", "results", "experiments"):
+        text = (ROOT / folder / "README.md").read_text()
+        files = re.findall(r"\]\((?!http)([^)#]+)", text)
+        files += re.findall(r"^\| `([\w./]+)`", text, re.MULTILINE)
+        for target in files:
+            assert (ROOT / folder / target).exists(), target
