@@ -63,12 +63,17 @@ SAVE_SECONDS = 10  # at least, between saves: an epoch of a small set is shorter
 # Data -----------------------------------------------------------------------------------
 
 
-def augment_batch(images, generator, padding=4):
-    """Pad with black, crop at random, flip with p = 0.5: uint8 (N, 3, 32, 32) -> the same.
+def augment_batch(images, generator):
+    """Augment a training batch: uint8 (N, 3, 32, 32) -> the same.
 
     The whole batch comes at once: draw for each image. Draw from the generator only; it is
     seeded by (seed, epoch, batch), which keeps a resumed run exact.
     """
+    return crop_and_flip(images, generator)
+
+
+def crop_and_flip(images, generator, padding=4):
+    """Pad with black, crop at random, flip with p = 0.5."""
     count, _, _, size = images.shape
     draw = {"generator": generator, "device": images.device}
     row, column = torch.randint(2 * padding + 1, (2, count), **draw)
@@ -129,7 +134,7 @@ def build_network(num_classes=100, stem=Config.stem):
 def load_network(path):
     """Return the network of a checkpoint, in eval mode on the CPU, or raise InputError.
 
-    The log says which network; without one it is a resnet18, and the weights say the rest.
+    Stem and number of classes come from the log, or without one from the weights.
     """
     path = checkpoint_path(path)
     state, log = load_file(path), read_log(path)
@@ -137,8 +142,9 @@ def load_network(path):
         if log:
             num_classes, stem = len(log["classes"]), log["config"]["stem"]
         else:
-            num_classes = len(state["fc.bias"])
-            stem = "cifar" if state["conv1.weight"].shape[-1] == 3 else "imagenet"
+            *_, bias = state.values()
+            num_classes, conv = len(bias), state.get("conv1.weight")
+            stem = "cifar" if conv is not None and conv.shape[-1] == 3 else "imagenet"
         model = build_network(num_classes, stem)
         model.load_state_dict(state)
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:

@@ -16,7 +16,6 @@ import torch
 from conftest import ROOT, Payload, same_bits, write_images
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
-from torchvision.models import resnet18
 
 import ood_data
 import ood_utils
@@ -112,9 +111,10 @@ def test_several_checkpoints_give_mean_and_sample_standard_deviation(
     in_digits_run, command, tmp_path
 ):
     state = torch.load("digits_resnet18.pth", weights_only=True)
+    *_, bias = state
     paths = [tmp_path / f"{name}.pth" for name in "abc"]
     for i, path in enumerate(paths):
-        torch.save(state | {"fc.bias": state["fc.bias"] + i * torch.linspace(-1, 1, 10)}, path)
+        torch.save(state | {bias: state[bias] + i * torch.linspace(-1, 1, 10)}, path)
     flags = ["--dataset", "digits", "--ood-types", "gaussian", "blob", "--checkpoint", *paths]
     status, out, _ = command("test.py", *flags)
     assert status == 0 and out.count("Error Rate") == 3
@@ -331,14 +331,16 @@ def bad_folder(tmp_path_factory):
     (folder / "unreadable/train/dog/broken.png").write_bytes(b"no picture")
     (folder / "damaged/cifar-100-python").mkdir(parents=True)
     (folder / "damaged/cifar-100-python/train").write_bytes(b"half a pickle")
-    ten = resnet18(num_classes=10).state_dict()
+    ten = train.build_network(10).state_dict()
+    *_, bias = ten
     for name in ("ten", "a/ten", "logged", "badlog"):
         torch.save(ten, folder / f"{name}.pth")
     for name, classes in (("one", 1), ("two", 2)):
-        torch.save(resnet18(num_classes=classes).state_dict(), folder / f"{name}.pth")
-    torch.save(ten | {"conv1.weight": torch.zeros(64, 3, 5, 5)}, folder / "stem.pth")
+        torch.save(train.build_network(classes).state_dict(), folder / f"{name}.pth")
+    first = next(iter(ten))
+    torch.save(ten | {first: torch.zeros(64, 3, 5, 5)}, folder / "stem.pth")
     torch.save([1, 2, 3], folder / "list.pth")
-    torch.save(ten | {"fc.bias": torch.full((10,), float("nan"))}, folder / "nan.pth")
+    torch.save(ten | {bias: torch.full((10,), float("nan"))}, folder / "nan.pth")
     torch.save({"fc.weight": Payload(folder / "executed")}, folder / "code.pth")
     config = {"dataset": "letters", "stem": "imagenet", "epochs": 1}
     log = {"config": config, "classes": list("abcdefghij"), "epochs": [{}]}

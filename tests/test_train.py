@@ -51,13 +51,13 @@ def test_crops_are_torchvisions_and_uniform():
     """Each image has its own offset and flip; every one of the 81 offsets is as likely."""
     images = random_images(60)
     generator = torch.Generator().manual_seed(0)
-    augmented = train.augment_batch(images, generator)
+    augmented = train.crop_and_flip(images, generator)
     draws = [crop_and_flip_of(*pair) for pair in zip(images, normalise(augmented), strict=True)]
     assert len(set(draws)) > 40
     # An image whose pixels name their place tells its offset by one pixel in the middle.
     place = torch.arange(1024).view(32, 32)
     image = torch.stack([place // 32 * 8, place % 32 * 8, place * 0]).to(torch.uint8)
-    many = train.augment_batch(image.repeat(16200, 1, 1, 1), generator)
+    many = train.crop_and_flip(image.repeat(16200, 1, 1, 1), generator)
     left, right = many[:, :, 16, 8].long() // 8, many[:, :, 16, 24].long() // 8
     flip = left[:, 1] > right[:, 1]
     row, column = left[:, 0] - 12, torch.where(flip, right[:, 1] - 3, left[:, 1] - 4)
