@@ -108,33 +108,47 @@ CLOSED_SETS = {
 CLOSED_SET_NAMES = f"{', '.join(CLOSED_SETS)}, or a folder with train/<class>/ and test/<class>/"
 
 
-def read_class_folder(folder, train):
-    """The closed set in folder/train/<class>/* and folder/test/<class>/*."""
-    folder = Path(folder).expanduser()
+def read_class_folder(folder, split):
+    """The images of folder/<split>/<class>/*; every split must have the same classes."""
     try:
-        train_set = datasets.ImageFolder(folder / "train")
-        test_set = datasets.ImageFolder(folder / "test")
+        splits = [datasets.ImageFolder(folder / name) for name in dict.fromkeys((split, "train"))]
     except FileNotFoundError as error:
         raise InputError(
             f"{folder} needs images in train/<class>/, test/<class>/: {error}"
         ) from error
-    odd = sorted(set(train_set.classes) ^ set(test_set.classes))
+    odd = sorted(set(splits[0].classes) ^ set(splits[-1].classes))
     if odd:
-        raise InputError(f"{folder}: only one of train/ and test/ has the class {', '.join(odd)}.")
-    split = train_set if train else test_set
-    paths, labels = zip(*split.samples, strict=True)
-    return decode_all(paths, str(folder)), labels, split.classes
+        raise InputError(
+            f"{folder}: only one of train/ and {split}/ has the class {', '.join(odd)}."
+        )
+    paths, labels = zip(*splits[0].samples, strict=True)
+    return decode_all(paths, str(folder)), labels, splits[0].classes
 
 
-def read_closed_set(dataset, data_root=DATA_ROOT, train=True):
-    """Return images uint8 (N, 3, 32, 32), labels (N,), class names, or raise InputError."""
+def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
+    """Return images uint8 (N, 3, 32, 32), labels (N,), class names, or raise InputError.
+
+    validation: how many training images to hold out, the same ones for every seed; of a
+    folder with val/, those instead. With train=False they take the place of the test images.
+    """
+    folder = Path(dataset).expanduser()
+    cut = validation
     if dataset in CLOSED_SETS:
-        images, labels, classes = CLOSED_SETS[dataset](data_root, train)
-    elif Path(dataset).expanduser().is_dir():
-        images, labels, classes = read_class_folder(dataset, train)
+        images, labels, classes = CLOSED_SETS[dataset](data_root, train or validation > 0)
+    elif folder.is_dir():
+        split = "train" if train or validation else "test"
+        if validation and (folder / "val").is_dir():
+            split, cut = "train" if train else "val", 0
+        images, labels, classes = read_class_folder(folder, split)
     else:
         raise InputError(f"Unknown data set {dataset!r}: use {CLOSED_SET_NAMES}.")
     check_images(images, dataset)
+    if cut:
+        if cut >= len(images):
+            raise InputError(f"--validation {cut} leaves none of the {len(images)} images.")
+        order = fixed_order(len(images))
+        chosen = np.sort(order[cut:] if train else order[:cut])
+        images, labels = images[chosen], np.asarray(labels)[chosen]
     return images, labels, list(classes)
 
 

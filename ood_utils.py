@@ -235,6 +235,24 @@ def predicted_classes(predictions):
     return float(np.exp(-np.sum(shares * np.log(shares)))), float(shares.max())
 
 
+def get_difference(base, other, paired):
+    """Return (difference of the means, low, high), with its 95% interval over training runs.
+
+    base, other: a figure of each run, (N,) and (M,). paired: run i has the same seed on both
+    sides; scipy.stats.ttest_rel, N >= 2. Otherwise ttest_ind, Student's test with equal
+    variances, N + M >= 3. The interval is NaN for one run on each side.
+    """
+    from scipy import stats
+
+    base, other = np.asarray(base, dtype=float), np.asarray(other, dtype=float)
+    difference = other.mean() - base.mean()
+    if len(base) + len(other) < 3:
+        return difference, np.nan, np.nan
+    test = stats.ttest_rel(other, base) if paired else stats.ttest_ind(other, base)
+    low, high = test.confidence_interval(0.95)
+    return difference, low, high
+
+
 # Files, device and command line ---------------------------------------------------------
 
 

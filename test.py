@@ -1,15 +1,18 @@
-"""Evaluate a checkpoint of train.py: closed-set error, and how well scores detect OOD sets.
+"""Evaluate checkpoints of train.py, and compare the settings that they were trained with.
 
     python test.py                                               # cifar100_resnet18.pth
     python test.py --ood-types gaussian photos ~/pictures        # other sets, or a folder
     python test.py --checkpoint seed0.pth seed1.pth seed2.pth    # mean and standard deviation
+    python test.py --checkpoint mine.pth --compare results/cifar100_seeds.ood.json
 
 Prints, in percent, the error rate, the score's performance on correctly classified images
 (positive) against misclassified ones, then on the closed set (positive) against each OOD set;
-then tables. Before that it writes, beside the checkpoint or into --output,
+then tables. Runs that differ in more than their seed are compared. Writes before that, beside
+the checkpoint or into --output, for each checkpoint
     cifar100_resnet18.ood.json    every figure of every set and score, and what they depend on
-    cifar100_resnet18.ood.png     AUROC of every run, images and score histograms of every set
-    cifar100_resnet18.ood.npz     scores and predictions of every image; one for each checkpoint
+    cifar100_resnet18.ood.npz     scores and predictions of every image
+and of all together, for several as <first>_and_<number of others> or --name, a .ood.json and
+    cifar100_resnet18.ood.png     AUROC and accuracy of every run, images and scores of the first
 Exit status 1 if an OOD set had to be skipped; if all were, nothing is written.
 """
 
@@ -40,8 +43,10 @@ class Config:
     """The published evaluation. Edit a value here, or pass it as a flag."""
 
     checkpoint: tuple[str, ...] = ()  # of one run, or of several; by default train.py's
+    compare: tuple[str, ...] = ()  # .ood.json files of earlier evaluations, to compare with
     dataset: Annotated[str | None, arg(help=CLOSED_SET_HELP)] = None
     data_root: str = train.Config.data_root  # where torchvision's data sets are
+    split: Literal["test", "validation"] = "test"  # of the closed set; see train.py --validation
     ood_types: Annotated[tuple[str, ...], arg(help=ood_data.OOD_SET_NAMES)] = (
         "gaussian",
         "rademacher",
@@ -53,12 +58,21 @@ class Config:
     seed: int = ood_data.NOISE_SEED  # of the noises
     device: str | None = None  # by default cuda, mps or cpu, whichever is there first
     output: str | None = None  # folder to write to, by default that of each checkpoint
+    name: str | None = None  # of the files about several runs
+    verbose: bool = False  # print the risks, thresholds, FPR95 by score and largest shares too
 
 
 OOD_SHARE = 5  # one OOD image for five test images: the chance level of AUPR depends on it
 CLOSED = "closed set"
 SPLIT = "right / wrong"  # correctly classified test images against misclassified ones
-# One run on CIFAR-100 with MSP: AUROC, AUPR, FPR95, in-distribution positive.
+METRICS = {
+    "auroc": "AUROC",
+    "aupr": "AUPR, in-distribution positive",
+    "fpr95": "FPR95, in-distribution positive",
+    "aupr_out": "AUPR, OOD positive",
+    "fpr95_out": "FPR95, OOD positive",
+}
+# The published run, with MSP: AUROC, AUPR, FPR95, in-distribution positive.
 PUBLISHED_ERROR_RATE = 46.30
 PUBLISHED = {
     SPLIT: (81.98, 85.74, 73.39),
@@ -67,42 +81,44 @@ PUBLISHED = {
     "blob": (68.06, 92.75, 97.55),
     "svhn": (66.97, 91.65, 89.05),
 }
-METRICS = {
-    "auroc": "AUROC",
-    "aupr": "AUPR, in-distribution positive",
-    "fpr95": "FPR95, in-distribution positive",
-    "aupr_out": "AUPR, OOD positive",
-    "fpr95_out": "FPR95, OOD positive",
-}
+PUBLISHED_RECIPE = {"dataset": "cifar100", "epochs": 100, "batch_size": 128, "lr": 0.1}
+PUBLISHED_RECIPE |= {"momentum": 0.9, "weight_decay": 1e-4, "label_smoothing": 0.0}
+PUBLISHED_RECIPE |= {"schedule": "steps", "milestones": [0.5, 0.75], "gamma": 0.1}
+PUBLISHED_RECIPE |= {"stem": "imagenet", "validation": 0}
+RESULTS = Path(__file__).resolve().parent / "results"
+SEEDS = RESULTS / "cifar100_seeds.ood.json"  # five runs of the published recipe
 
 
 def evaluate(config=None):
-    """Evaluate checkpoints, write and print the report; return what the JSON holds.
+    """Evaluate checkpoints, write and print the report; return what the last JSON holds.
 
     config: a Config, by default the published evaluation. Raises InputError or OSError.
     """
     config = config or Config()
-    results, networks, loaders = load(config)
+    settings, networks, loaders = load(config)
+    earlier = [read_evaluation(file, settings, loaders) for file in config.compare]
     labels = loaders[CLOSED].labels.cpu().numpy()
-    files, pictured = {}, None
+    evaluations, files, pictured = {}, {}, None
     for path, model in networks.items():
         scores, predictions = score_sets(model, loaders)
         run, rows, sets = measure_run(path, scores, predictions, labels)
-        results["checkpoints"].append(run)
-        results["rows"] += rows
-        results["sets"] += sets
+        evaluations[path] = settings | {"checkpoints": [run], "rows": rows, "sets": sets}
         files[output_path(config, path, ".ood.npz")] = pack(scores, predictions, labels)
         pictured = pictured or scores  # the first run's
-    if len(loaders) > 1 or not config.ood_types:
-        first = next(iter(networks))
-        files[output_path(config, first, ".ood.json")] = json.dumps(results, indent=1).encode()
-        files[output_path(config, first, ".ood.png")] = draw(results, pictured, loaders)
-        for file, content in files.items():
-            ood_utils.write_file(file, content)
-    else:  # every set was skipped: earlier files are kept
+    results = combine([*earlier, *evaluations.values()], len(earlier))
+    first = next(iter(networks))
+    others = len(results["checkpoints"]) - 1
+    name = config.name or (f"{first.stem}_and_{others}" if others else first.stem)
+    evaluations[first.with_name(f"{name}.pth")] = results
+    for path, evaluation in evaluations.items():
+        files[output_path(config, path, ".ood.json")] = json.dumps(evaluation, indent=1).encode()
+    files[output_path(config, path, ".ood.png")] = draw(results, pictured, loaders, first.stem)
+    if len(loaders) == 1 and config.ood_types:  # every set was skipped: earlier files are kept
         files = {}
-    print_report(results)
-    print_tables(results)
+    for file, content in files.items():
+        ood_utils.write_file(file, content)
+    print_report(results, networks)
+    print_tables(results, config.verbose)
     for file in files:
         print(f"wrote {file}")
     return results
@@ -119,40 +135,73 @@ def load(config):
     """
     if config.batch_size < 1 or config.seed < 0:
         raise InputError("--batch-size must be at least 1 and --seed at least 0.")
-    names = config.checkpoint or [None]
+    if config.name and Path(config.name).name != config.name:
+        raise InputError(f"--name {config.name} is a path: pass a name, and --output for a folder.")
     default = config.dataset or train.Config.dataset
-    paths = list(dict.fromkeys(train.checkpoint_path(name, default) for name in names))
-    networks = {path: train.load_network(path) for path in paths}
-    if len({output_path(config, path, "") for path in paths}) < len(paths):
+    names = config.checkpoint or [None]
+    paths = [train.checkpoint_path(name, default, train.Config.seed) for name in names]
+    networks = load_networks(paths)
+    outputs = [output_path(config, path, "") for path in paths]
+    if len(set(outputs)) < len(paths):
         raise InputError("Checkpoints of the same name would overwrite each other's files.")
-    for path in paths:
-        output_path(config, path, "").parent.mkdir(parents=True, exist_ok=True)
+    for output in outputs:
+        output.parent.mkdir(parents=True, exist_ok=True)
     log = train.read_log(paths[0])
     dataset = config.dataset or (log["config"]["dataset"] if log else default)
     sets = name_sets(config.ood_types, dataset)
     device = ood_utils.pick_device(config.device)
     settings = asdict(config) | {"dataset": dataset, "ood_types": list(sets)}
-    del settings["output"]  # no figure depends on it
-    results = {"config": settings, "checkpoints": [], **ood_utils.describe(device)}
+    for name in ("output", "name", "verbose", "compare"):  # no figure depends on them
+        del settings[name]
+    results = {"config": settings, **ood_utils.describe(device)}
     print(f"device: {results['device']}, float32", file=sys.stderr)
+    validation = 0
+    if config.split == "validation":
+        logs = [train.read_log(path) for path in paths]
+        held_out = {log["config"].get("validation", 0) if log else 0 for log in logs}
+        validation = max(held_out)
+        if held_out != {validation} or not validation:
+            raise InputError("--split validation needs runs of one train.py --validation NUMBER.")
     test_loader = train.get_loader(
-        False, dataset, config.data_root, config.batch_size, device=device
+        False, dataset, config.data_root, config.batch_size, device=device, validation=validation
     )
     for path, model in networks.items():
         check_closed_set(path, model, dataset, test_loader.classes)
         model.to(device)
     loaders, results["skipped"] = build_loaders(config, sets, test_loader, device)
-    return results | {"rows": [], "sets": []}, networks, loaders
+    return results, networks, loaders
+
+
+def load_networks(paths):
+    """{path: network}; InputError where two files hold the same weights."""
+    networks = {}
+    for path in paths:
+        network = train.load_network(path)
+        for other, known in networks.items():
+            if same_weights(network.state_dict(), known.state_dict()):
+                raise InputError(f"{path} has the weights of {other}: pass it once.")
+        networks[path] = network
+    return networks
+
+
+def same_weights(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[n], other[n]) for n in state)
 
 
 def check_closed_set(path, model, dataset, classes):
-    """Raise InputError if the checkpoint is of another closed set; name an unfinished run."""
+    """Raise InputError if the checkpoint is of other classes or of another normalisation."""
     log = train.read_log(path)
     outputs = ood_utils.last_layer(model).out_features
     if (log["classes"] if log else outputs) != (classes if log else len(classes)):
         trained_on = log["config"]["dataset"] if log else f"{outputs} classes"
         raise InputError(
             f"{path} was trained on {trained_on}, not on {dataset}: pass its --dataset."
+        )
+    normalisation = {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
+    if log and train.differences(log["config"], normalisation):
+        raise InputError(
+            f"{path} was trained with another MEAN and STD than ood_data.py has now: --compare "
+            "its earlier evaluation instead."
         )
     if log and not log["finished"]:
         done, epochs = len(log["epochs"]), log["config"]["epochs"]
@@ -187,9 +236,40 @@ def build_loaders(config, sets, test_loader, device):
 
 
 def output_path(config, path, ending):
-    """Where a file about the checkpoint at path goes: into --output, or beside it."""
-    folder = Path(config.output).expanduser() if config.output else path.parent
-    return folder / f"{path.stem}{ending}"
+    """Where a file about the checkpoint at path goes: into --output, or beside it.
+
+    The shipped results are not written over unless --output says so.
+    """
+    folder = path.parent if path.parent.resolve() != RESULTS else Path()
+    return (Path(config.output).expanduser() if config.output else folder) / f"{path.stem}{ending}"
+
+
+def read_evaluation(file, settings, loaders):
+    """Return the JSON of an earlier evaluation; InputError where it is of other images."""
+    ours = images_of(settings, {name: len(loader.images) for name, loader in loaders.items()})
+    score = settings["config"]["score"]
+    try:
+        earlier = json.loads(Path(file).expanduser().read_text())
+        theirs = images_of(earlier, {row["set"]: row["images"] for row in earlier["sets"]})
+        has_score = all(score in run["threshold"] for run in earlier["checkpoints"])
+        for row in (*earlier["rows"], *earlier["sets"]):
+            row["checkpoint"] = f"{file}: {row['checkpoint']}"
+        for run in earlier["checkpoints"]:
+            run["path"] = f"{file}: {run['path']}"
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{file} is not an .ood.json file of test.py: {error!r}") from error
+    differ = train.in_words(train.differences(theirs, ours))
+    if differ or not has_score:
+        raise InputError(f"{file} does not compare: {differ or f'it has no score {score}'}.")
+    return earlier
+
+
+def images_of(results, counts):
+    """What two evaluations must agree on to be compared."""
+    config = results["config"]
+    same = {"closed set": Path(config["dataset"]).name, "split": config.get("split", "test")}
+    same |= {f"images of {name}": count for name, count in counts.items()}
+    return same | {"noise seed": config["seed"]}
 
 
 # Score and measure ----------------------------------------------------------------------
@@ -226,7 +306,17 @@ def measure(pos, neg):
 
 
 def name_file(path):
-    return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    """What the JSON says of a checkpoint: the file, and what it was trained with."""
+    run = {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    log = train.read_log(path)
+    if log:
+        settings = train.trained_with(log)
+        accuracies = [v for epoch in log["epochs"] for k, v in epoch.items() if "accuracy" in k]
+        run["training"] = {"seed": settings.pop("seed"), "settings": settings}
+        run["training"] |= {"epochs_done": len(log["epochs"]), "accuracy": accuracies}
+        if not log["finished"]:
+            settings["epochs_done"] = len(log["epochs"])
+    return run
 
 
 def measure_run(path, scores, predictions, labels):
@@ -262,6 +352,99 @@ def pack(scores, predictions, labels):
     return content.getvalue()
 
 
+# Group and compare ----------------------------------------------------------------------
+
+
+def combine(evaluations, earlier):
+    """All evaluations as one, with the group of every run and row; the first are `earlier` ones.
+
+    A group is a setting: its runs differ in their seed only. Earlier evaluations and
+    checkpoints have groups of their own, and so has a run without a log.
+    """
+    results = evaluations[-1] | {"checkpoints": [], "rows": [], "sets": []}
+    groups, weights = [], {}
+    for number, evaluation in enumerate(evaluations):
+        for part in ("checkpoints", "rows", "sets"):
+            results[part] += evaluation[part]
+        for run in evaluation["checkpoints"]:
+            twin = weights.setdefault(run["sha256"], run["path"])
+            if twin != run["path"]:
+                raise InputError(f"{run['path']} and {twin} are one run: pass it once.")
+            side, known = number < earlier, dict(run.get("training", {}).get("settings", {}))
+            for group in groups:
+                may_join = known and group["known"] and group["side"] == side
+                if may_join and not train.differences(group["known"], known):
+                    group["known"] |= known
+                    group["runs"].append(run)
+                    break
+            else:
+                groups.append({"side": side, "known": known, "runs": [run]})
+    for group, name in zip(groups, name_groups(groups), strict=True):
+        for run in group["runs"]:
+            run["group"] = name
+    names = {run["path"]: run["group"] for run in results["checkpoints"]}
+    for row in (*results["rows"], *results["sets"]):
+        row["group"] = names[row["checkpoint"]]
+    return results
+
+
+def name_groups(groups):
+    """The settings in which groups differ, else their code, else the names of their files."""
+    first, *others = [group["known"] for group in groups]
+    common = [key for key in first if all(key in other for other in others)]
+    differ = [key for key in common if any(other[key] != first[key] for other in others)]
+    differ = [key for key in differ if key not in (*train.DATA, "code")] or differ
+    names = [", ".join(f"{key} {group['known'][key]}" for key in differ) for group in groups]
+    if len(set(names)) < len(names) or not differ:
+        files = [group["runs"][0]["path"].split(": ")[0] for group in groups]
+        stems = [Path(file).name.removesuffix(".ood.json").removesuffix(".pth") for file in files]
+        names = [f"{name} {stem}".strip() for name, stem in zip(names, stems, strict=True)]
+    return names
+
+
+def set_values(rows, metric):
+    """A metric: a line for each run, a column for each set and for two means over sets."""
+    values = rows.pivot(index="checkpoint", columns="set", values=metric)
+    values = values.loc[rows["checkpoint"].unique(), rows["set"].unique()]
+    noises = [name for name in values if name in ood_data.NOISES]
+    images = [name for name in values if name not in (*noises, SPLIT)]
+    for title, names in (("mean of noises", noises), ("mean of image sets", images)):
+        if names:
+            values[title] = values[names].mean(axis=1)
+    return values
+
+
+def compare(results):
+    """The comparison as a DataFrame of texts: error rate and AUROC of each group, differences."""
+    runs, rows = pd.DataFrame(results["checkpoints"]).set_index("path"), shown_rows(results)
+    runs["seed"] = [run.get("training", {}).get("seed") for run in results["checkpoints"]]
+    everywhere = rows.groupby("set")["checkpoint"].transform("nunique") == len(runs)
+    values = set_values(rows[everywhere], "auroc").loc[runs.index]
+    values.insert(0, "error rate", runs["error_rate"])
+    table, base = {}, None
+    for name, group in runs.groupby("group", sort=False):
+        group = group.sort_values("seed")
+        figures = values.loc[group.index]
+        table[f"{name} ({len(group)} run{'s' if len(group) > 1 else ''})"] = figures.agg(spread)
+        if base is None:
+            base, base_name, seeds = figures, name, list(group["seed"])
+            continue
+        paired = 1 < len(seeds) == group["seed"].nunique() and seeds == list(group["seed"])
+        title = f"{name} minus {base_name}, {'paired by seed' if paired else 'unpaired'}"
+        table[title] = [
+            difference_text(*ood_utils.get_difference(base[row], figures[row], paired))
+            for row in values
+        ]
+    return pd.DataFrame(table)
+
+
+def difference_text(difference, low, high):
+    if not np.isfinite(low):
+        return f"{difference:+.2f}"
+    marked = " *" if low > 0 or high < 0 else ""
+    return f"{difference:+.2f} [{low:.2f}, {high:.2f}]{marked}"
+
+
 # Report ---------------------------------------------------------------------------------
 
 
@@ -272,16 +455,21 @@ def shown_rows(results):
 
 
 def published_of(results):
-    """The published figures, where they are of this closed set and score."""
+    """The published figures, where all runs are of that recipe, split and score."""
     config = results["config"]
-    return PUBLISHED if (config["dataset"], config["score"]) == ("cifar100", "msp") else {}
+    shown = config["score"] == "msp" and config.get("split", "test") == "test"
+    for run in results["checkpoints"]:
+        training = run.get("training", {"settings": {}, "epochs_done": 0})
+        settings = training["settings"] | {"epochs": training["epochs_done"]}
+        shown = shown and PUBLISHED_RECIPE.items() <= settings.items()
+    return PUBLISHED if shown else {}
 
 
-def print_report(results):
+def print_report(results, paths):
     """The published report: in-distribution, or correctly classified, is the positive class."""
     rows = shown_rows(results)
-    for run in results["checkpoints"]:
-        if len(results["checkpoints"]) > 1:
+    for run in results["checkpoints"][-len(paths) :]:
+        if len(paths) > 1:
             print(f"checkpoint: {run['path']}")
         print(f"Error Rate {run['error_rate']:.4f}")
         of_run = rows[rows["checkpoint"] == run["path"]].set_index("set")
@@ -294,7 +482,7 @@ def print_report(results):
             row = of_run.loc[name]
             if pd.isna(row.auroc):
                 missing = "misclassified" if row.positives else "correctly classified"
-                print(f"AUROC: n/a, AUPR: n/a, FPR95: n/a (no {missing} test image)")
+                print(f"AUROC: n/a, AUPR: n/a, FPR95: n/a (no {missing} image)")
             else:
                 print(ood_utils.performance_line(row.auroc, row.aupr, row.fpr95))
 
@@ -318,11 +506,37 @@ def print_table(table, title):
     print()
 
 
-def print_performance(results):
-    """Every metric of every set, both conventions."""
-    rows = shown_rows(results).groupby("set", sort=False)
+def print_comparison(results):
+    table = compare(results)
+    count = table.map(lambda cell: "[" in cell).sum(axis=None)
+    left_out = [name for name in shown_rows(results)["set"].unique() if name not in table.index]
+    if not count and results["config"]["dataset"] == "cifar100" and SEEDS.exists():
+        seeds = json.loads(SEEDS.read_text()) | {"config": results["config"]}
+        values = set_values(shown_rows(seeds), "auroc")
+        values["error rate"] = [run["error_rate"] for run in seeds["checkpoints"]]
+        table["seeds alone move it by (5 shipped runs)"] = [
+            f"{np.ptp(values[row]):.2f}" if row in values else "" for row in table.index
+        ]
+    print()
+    print_table(table, f"AUROC, {results['config']['score']}")
+    if left_out:
+        print(f"Left out, not in every evaluation: {', '.join(left_out)}.")
+    if count:
+        print(
+            f"{count} intervals at 95%; * excludes 0, as 1 of 20 does by chance. An interval says"
+        )
+        print("what other training seeds would give on these images, not on other images.")
+    else:
+        print("One run each, so no interval: seeds alone move these rows, noises most.")
+
+
+def print_performance(results, group):
+    """Every metric of every set, both conventions, of one group."""
+    rows, sets = shown_rows(results), pd.DataFrame(results["sets"])
+    rows = rows[rows["group"] == group].groupby("set", sort=False)
+    sets = sets[sets["group"] == group].groupby("set")
     table = rows[list(METRICS)].agg(spread).rename(columns=METRICS)
-    classes = pd.DataFrame(results["sets"]).groupby("set")["effective_classes"].agg(spread)
+    classes = sets["effective_classes"].agg(spread)
     table["effective classes"] = classes.reindex(table.index, fill_value="")
     table = table.reindex([*table.index, *results["skipped"]], fill_value="skipped")
     published = published_of(results)
@@ -332,29 +546,47 @@ def print_performance(results):
     print_table(table, results["config"]["score"])
 
 
-def print_scores(results, metric):
+def print_scores(results, group, metric):
     """One metric by score, of every OOD set and of the means of noises and of image sets."""
     rows = pd.DataFrame(results["rows"])
-    rows = rows[rows["set"] != SPLIT]
-    kinds = rows["set"].isin(list(ood_data.NOISES))
-    kinds = kinds.map({True: "mean of noises", False: "mean of image sets"})
-    keys = ["checkpoint", "score", "set"]
-    means = rows.assign(set=kinds).groupby(keys, sort=False)[metric].mean().reset_index()
-    table = pd.concat([rows, means])
-    table = table.pivot_table(metric, index="set", columns="score", aggfunc=spread, sort=False)
-    print_table(table, METRICS[metric])
+    rows = rows[(rows["set"] != SPLIT) & (rows["group"] == group)]
+    scores = rows.groupby("score", sort=False)
+    print_table(
+        pd.DataFrame({score: set_values(of, metric).agg(spread) for score, of in scores}),
+        METRICS[metric],
+    )
 
 
-def print_tables(results):
-    """Markdown tables of what the JSON holds."""
-    runs = results["checkpoints"]
-    error_rate = spread([run["error_rate"] for run in runs])
-    published = f" (published {PUBLISHED_ERROR_RATE:.2f})" if published_of(results) else ""
-    of_runs = f" of {len(runs)} runs, mean +- sample standard deviation," if len(runs) > 1 else ""
-    print(f"\nIn percent{of_runs} error rate {error_rate}{published}\n")
-    print_performance(results)
-    if len(results["sets"]) > len(runs):  # more than the closed set
-        print_scores(results, "auroc")
+def print_details(results, group):
+    """What else the JSON holds: selective classification, thresholds, FPR95, predicted classes."""
+    score = results["config"]["score"]
+    runs = [run for run in results["checkpoints"] if run["group"] == group]
+    risks = [spread([run[risk][score] for run in runs]) for risk in ("aurc", "augrc")]
+    thresholds = ", ".join(f"{run['threshold'][score]:.4f}" for run in runs)
+    print("AURC {}, AUGRC {} of the closed set (lower is better)".format(*risks))
+    print(f"95% of the closed set has a score of at least {thresholds}\n")
+    print_scores(results, group, "fpr95")
+    sets = pd.DataFrame(results["sets"])
+    shares = sets[sets["group"] == group].groupby("set", sort=False)["largest_share"].agg(spread)
+    print_table(shares.to_frame("largest share"), "predicted classes")
+
+
+def print_tables(results, verbose=False):
+    """Markdown tables of what the JSON holds: the comparison, then each group."""
+    groups = list(dict.fromkeys(run["group"] for run in results["checkpoints"]))
+    if len(groups) > 1:
+        print_comparison(results)
+    for group in groups:
+        errors = [run["error_rate"] for run in results["checkpoints"] if run["group"] == group]
+        of_runs = f" of {len(errors)} runs, mean +- standard deviation" if len(errors) > 1 else ""
+        published = f" (published {PUBLISHED_ERROR_RATE:.2f})" if published_of(results) else ""
+        split = f"{results['config'].get('split', 'test')} images"
+        print(f"\n{group}: {split}, in percent{of_runs}; error rate {spread(errors)}{published}\n")
+        print_performance(results, group)
+        if len(results["config"]["ood_types"]) > len(results["skipped"]):
+            print_scores(results, group, "auroc")
+        if verbose:
+            print_details(results, group)
 
 
 # Picture --------------------------------------------------------------------------------
@@ -375,25 +607,40 @@ def short(name):
     return name if len(name) <= 25 else f"{name[:24]}…"
 
 
-def draw_dots(axes, results):
-    """A line for each set, a dot for each run, a cross for the published figure; grey: chance."""
-    published = published_of(results)
-    sets = shown_rows(results).groupby("set", sort=False)["auroc"]
+def draw_dots(axes, results, colours):
+    """A line for each set, below it a dot for each run, a group under the other; grey: chance."""
+    published, rows = published_of(results), shown_rows(results)
+    names = list(rows["set"].unique())
     axes.axvline(50, color="0.8")
-    for y, (name, aurocs) in enumerate(sets):
-        axes.plot(aurocs, [y] * len(aurocs), "o", color="C0", alpha=0.7)
+    for y, name in enumerate(names):
+        for line, (group, colour) in enumerate(colours.items()):
+            aurocs = rows[(rows["set"] == name) & (rows["group"] == group)]["auroc"]
+            height = y + 0.6 * line / len(colours)
+            axes.plot(aurocs, [height] * len(aurocs), "o", color=colour, alpha=0.7)
         if name in published:
             axes.plot(published[name][0], y, "x", color="black", markersize=8)
-    axes.set_yticks(range(len(sets)), [short(name) for name in sets.groups])
+    axes.set_yticks(range(len(names)), [short(name) for name in names])
     axes.invert_yaxis()
     axes.set_xlabel("AUROC: a dot for each run" + (", x published" if published else ""))
+
+
+def draw_accuracies(axes, results, colours):
+    """The accuracy by epoch of every run whose log is known."""
+    for run in results["checkpoints"]:
+        accuracy = 100 * np.array(run.get("training", {}).get("accuracy", []))
+        axes.plot(np.arange(len(accuracy)) + 1, accuracy, color=colours[run["group"]], lw=1)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("accuracy, %")
+    for group, colour in colours.items():
+        axes.plot([], [], "o", color=colour, label=short(group))
+    axes.legend(loc="lower right", frameon=False)
 
 
 def draw_scores(axes, name, closed, ood):
     """A set's scores over the closed set's in grey, and the threshold of the latter."""
     everything = np.concatenate([closed, ood])
     bins = np.linspace(everything.min(), everything.max() + 1e-9, 41)
-    for values, colour in ((ood, "C1"), (closed, "0.5")):
+    for values, colour in ((ood, "0.5" if name == CLOSED else "C3"), (closed, "0.5")):
         share = np.full(len(values), 100 / len(values))
         axes.hist(values, bins, weights=share, color=colour, alpha=0.6)
     axes.axvline(ood_utils.get_threshold(closed), color="black", lw=1, ls="--")
@@ -401,10 +648,10 @@ def draw_scores(axes, name, closed, ood):
     axes.set_title(short(name), loc="left", fontsize=8)
 
 
-def draw(results, scores, loaders):
+def draw(results, scores, loaders, first):
     """PNG bytes: AUROC of every run; images of every set, and its scores with the first run.
 
-    scores: {set: (N, len(SCORES))} of that run.
+    scores: {set: (N, len(SCORES))} of that run, whose name is first.
     """
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
@@ -418,15 +665,18 @@ def draw(results, scores, loaders):
     with matplotlib.rc_context(style):
         figure = Figure((11, 1.1 * len(scores) + 1), dpi=130, layout="constrained")
         left, right = figure.subfigures(1, 2)
-        draw_dots(left.subplots(), results)
+        dots, accuracies = left.subplots(2, 1, height_ratios=(2, 1))
+        groups = dict.fromkeys(run["group"] for run in results["checkpoints"])
+        colours = {group: f"C{number}" for number, group in enumerate(groups)}
+        draw_dots(dots, results, colours)
+        draw_accuracies(accuracies, results, colours)
         panels = right.subplots(len(scores), 2, width_ratios=(1, 4), squeeze=False)
         for (pixels, axes), name in zip(panels, scores, strict=True):
             pixels.imshow(to_pixels(loaders[name].images))
             pixels.axis("off")
             draw_scores(axes, name, shown[CLOSED], shown[name])
         what = "log odds of msp" if score == "msp" else score
-        first = short(Path(results["checkpoints"][0]["path"]).stem)
-        right.suptitle(f"{what}, {first}; grey: closed set, 95% of it right of the line")
+        right.suptitle(f"{what}, {short(first)}; grey: closed set, 95% of it right of the line")
         content = io.BytesIO()
         figure.savefig(content, format="png")
     return content.getvalue()

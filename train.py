@@ -11,11 +11,16 @@ Prints a line per epoch and writes, by default for CIFAR-100 and in the working 
     cifar100_resnet18.resume.pth   the state of an unfinished run
 """
 
+import ast
 import contextlib
+import hashlib
+import itertools
 import json
 import math
+import os
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,7 +45,8 @@ class Config:
 
     dataset: Annotated[str, arg(help=ood_data.CLOSED_SET_NAMES)] = "cifar100"
     data_root: str = ood_data.DATA_ROOT  # where torchvision's data sets are, or are downloaded to
-    checkpoint: str | None = None  # file to write, by default <dataset>_resnet18.pth
+    validation: int = 0  # training images to hold out and measure accuracy on, instead of test
+    checkpoint: str | None = None  # file to write, by default <dataset>_resnet18[_seed<N>].pth
     epochs: int = 100  # passes over the training images
     batch_size: int = 128  # images per step
     lr: float = 0.1  # initial learning rate
@@ -102,13 +108,15 @@ def get_loader(
     seed=Config.seed,
     device="cpu",
     augment=True,
+    validation=0,
 ):
     """Return an ImageLoader over a split of a closed set; its `classes` are the class names.
 
-    Training images are shuffled and augmented anew in each epoch unless augment=False.
-    Raises InputError for an unknown or unavailable set.
+    Training images are shuffled and augmented anew in each epoch unless augment=False. With
+    validation=n, n of them are held out, and train=False gives these instead of the test
+    images. Raises InputError for an unknown or unavailable set.
     """
-    data = ood_data.read_closed_set(dataset, data_root, train)
+    data = ood_data.read_closed_set(dataset, data_root, train, validation)
     augment = train and augment
     default = Config.batch_size if augment else ood_data.EVAL_BATCH_SIZE
     transform = get_transform(augment)
@@ -210,20 +218,22 @@ def train_model(config=None):
     """
     config = config or Config()
     check_settings(config)
-    path = checkpoint_path(config.checkpoint, config.dataset)
+    path = checkpoint_path(config.checkpoint, config.dataset, config.seed)
     device = ood_utils.pick_device(config.device)
     config = replace(config, precision=pick_precision(config.precision, device))
     with only_run_of(path):
+        common = {"device": device, "validation": config.validation}
         data = (config.dataset, config.data_root)
-        train_loader = get_loader(True, *data, config.batch_size, config.seed, device)
-        test_loader = get_loader(False, *data, device=device)
+        train_loader = get_loader(True, *data, config.batch_size, config.seed, **common)
+        test_loader = get_loader(False, *data, **common)
         check_batches(train_loader)
 
         torch.manual_seed(config.seed)
         model = build_network(len(train_loader.classes), config.stem)
         model.to(device, memory_format=memory_format(device))
         optimizer = build_optimizer(model, config)
-        log = start_log(config, device, train_loader)
+        log = start_log(config, device, train_loader, test_loader)
+        split = "validation" if config.validation else "test"
         resume(path, log, model, optimizer)
 
         saved = time.perf_counter()
@@ -238,11 +248,12 @@ def train_model(config=None):
             rate = len(train_loader.images) / (time.perf_counter() - start)
             accuracy = get_accuracy(model, test_loader)
             seconds = time.perf_counter() - start
-            figures = {"epoch": epoch + 1, "loss": loss, "test_accuracy": accuracy}
+            figures = {"epoch": epoch + 1, "loss": loss, f"{split}_accuracy": accuracy}
             log["epochs"].append(figures | {"lr": lr, "seconds": seconds})
+            left = timedelta(seconds=round(seconds * (config.epochs - epoch - 1)))
             print(
-                f"epoch {epoch + 1:3d}/{config.epochs}  loss {loss:.4f}  "
-                f"test accuracy {accuracy:.2%}  lr {lr:g}  {seconds:.1f} s  {rate:.0f} images/s"
+                f"epoch {epoch + 1:3d}/{config.epochs}  loss {loss:.4f}  {split} accuracy "
+                f"{accuracy:.2%}  lr {lr:g}  {seconds:.1f} s  {rate:.0f} images/s  {left} left"
             )
             if epoch + 1 == config.epochs or time.perf_counter() - saved >= SAVE_SECONDS:
                 save(path, log, model, optimizer)
@@ -321,9 +332,10 @@ def shorten_small_maps(model):
 
 def check_settings(config):
     """Raise InputError for a number out of its range."""
-    for name in ("epochs", "batch_size", "lr", "gamma", "momentum", "weight_decay", "seed"):
+    numbers = ("epochs", "batch_size", "lr", "gamma")
+    for name in (*numbers, "momentum", "weight_decay", "seed", "validation"):
         value = getattr(config, name)
-        may_be_zero = name in ("momentum", "weight_decay", "seed")
+        may_be_zero = name not in numbers
         if value < 0 or (value == 0 and not may_be_zero) or not math.isfinite(value):
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range.")
     if not 0 <= config.label_smoothing <= 1:
@@ -356,10 +368,11 @@ def pick_precision(precision, device):
 # Files: checkpoint X.pth, log X.json, and X.resume.pth while the run is unfinished ------
 
 
-def checkpoint_path(checkpoint, dataset=Config.dataset):
-    """The given path, or <dataset>_resnet18.pth; InputError if it cannot be a checkpoint."""
-    name = Path(dataset).expanduser().resolve().name
-    path = Path(checkpoint or f"{name}_resnet18.pth").expanduser()
+def checkpoint_path(checkpoint, dataset=Config.dataset, seed=0):
+    """The given path, or <dataset>_resnet18.pth, with the seed in its name unless it is 0."""
+    name = f"{Path(dataset).expanduser().resolve().name}_resnet18"
+    name += f"_seed{seed}.pth" if seed else ".pth"
+    path = Path(checkpoint or name).expanduser()
     if path.is_dir() or path.suffix not in (".pth", ".pt"):  # the log goes to <stem>.json
         raise InputError(f"{path} cannot be a checkpoint: pass a file such as resnet18.pth.")
     return path
@@ -388,17 +401,60 @@ def read_log(path):
         raise InputError(f"{path} is not the log of a run: remove it.") from error
 
 
-def start_log(config, device, loader):
+def digest_code():
+    """A digest of this file and ood_data.py; Config's values and docstrings do not count."""
+    digest = hashlib.sha256()
+    for file in (__file__, ood_data.__file__):
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and node.name == "Config":
+                node.body = []  # the log has the values
+            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = ""  # a docstring
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:8]
+
+
+def start_log(config, device, train_loader, test_loader):
     """Return the log of a run without epochs, and print what it runs on."""
     settings = asdict(config) | {"milestones": list(config.milestones)}
-    log = {"config": settings, "images": len(loader.images), "classes": list(loader.classes)}
+    settings |= {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
+    log = {"config": settings, "code": digest_code(), "classes": train_loader.classes}
+    split = "validation" if config.validation else "test"
+    log |= {"images": len(train_loader.images), f"{split}_images": len(test_loader.images)}
     log |= ood_utils.describe(device) | {"epochs": []}
     print(f"device: {log['device']}, {config.precision}")
     return log
 
 
+DATA = ("classes", "images", "test_images", "validation_images")
+
+
+def trained_with(log):
+    """What the figures of a run depend on: its settings, its data, its code."""
+    free = ("data_root", "checkpoint", "device", "resume")
+    settings = {name: value for name, value in log["config"].items() if name not in free}
+    return settings | {name: log[name] for name in (*DATA, "code") if name in log}
+
+
+def differences(old, new):
+    """{name: (old, new)} of what two runs were trained with; what one does not know is equal."""
+    names = [name for name in new if name in old and old[name] != new[name]]
+    return {name: (old[name], new[name]) for name in names}
+
+
+def in_words(changed):
+    """differences as text: "lr 0.1 -> 0.05"; of classes, those that only one side has."""
+    changed = dict(changed)
+    if "classes" in changed:
+        old, new = changed["classes"]
+        changed["classes"] = sorted(set(old) - set(new)), sorted(set(new) - set(old))
+    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+
+
 def save(path, log, model, optimizer):
     """Write checkpoint and log, and until the last epoch what --resume needs; each file whole."""
+    keep_other_run(path, log)
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     state_path = path.with_suffix(".resume.pth")
     ood_utils.write_file(path, weights)
@@ -411,11 +467,39 @@ def save(path, log, model, optimizer):
         print(f"wrote {path}")
 
 
+def keep_other_run(path, log):
+    """Move the files of a finished run that was trained otherwise to the next free name.
+
+    The log moves last: after a kill the next run finds it and moves the rest to the same name.
+    """
+    changed = finished_otherwise(path, log)
+    if not changed:
+        return
+    for number in itertools.count(1):
+        kept = path.with_name(f"{path.stem}.{number}{path.suffix}")
+        taken = kept.exists() and path.exists()
+        if not taken and not kept.with_suffix(".json").exists():
+            break
+    for ending in (".ood.json", ".ood.npz", ".ood.png", path.suffix, ".json"):
+        if path.with_name(path.stem + ending).exists():
+            os.replace(path.with_name(path.stem + ending), kept.with_name(kept.stem + ending))
+    print(f"kept the finished run as {kept} ({in_words(changed)}); to compare the two:")
+    print(f"    python test.py --checkpoint {kept} {path}")
+
+
+def finished_otherwise(path, log):
+    """differences between the finished run at path, if there is one, and the run of the log."""
+    old = read_log(path)
+    if not old or not old["finished"]:
+        return {}
+    return differences({"code": "unknown", **trained_with(old)}, trained_with(log))
+
+
 def resume(path, log, model, optimizer):
     """With --resume, load the run of this checkpoint into log, model and optimizer."""
     state_path, done = path.with_suffix(".resume.pth"), read_log(path)
     if not log["config"]["resume"]:
-        if path.exists() or state_path.exists():
+        if not finished_otherwise(path, log) and (path.exists() or state_path.exists()):
             print(f"starting over: the first save replaces {path}")
         return
     if state_path.exists():
@@ -426,25 +510,23 @@ def resume(path, log, model, optimizer):
         print(f"no unfinished run at {state_path}: starting")
         return
     try:
-        check_same_run(path, state["log"], log)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        log["epochs"] = state["log"]["epochs"]
+        old, new = trained_with(state["log"]), trained_with(log)
+        code = old.pop("code", new["code"])
+        changed = differences(old, new)
+        if not changed:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            log["epochs"] = state["log"]["epochs"]
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path} is not a run of this network: {str(error)[:200]}") from error
-    print(f"resuming after epoch {len(log['epochs'])} of {log['config']['epochs']}")
-
-
-def check_same_run(path, old, new):
-    """Raise InputError where a setting or the data that figures depend on has changed."""
-    data = ("images", "classes")
-    old, new = (log["config"] | {name: log[name] for name in data} for log in (old, new))
-    free = ("data_root", "checkpoint", "device", "resume")
-    names = [name for name in new if name not in free and old.get(name) != new[name]]
-    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in names]
     if changed:
-        changed = ", ".join(changed)
-        raise InputError(f"{path} is of other settings: {changed}. Leave --resume to start over.")
+        raise InputError(
+            f"{path} was trained otherwise: {in_words(changed)}. Leave --resume to start over."
+        )
+    print(f"resuming after epoch {len(log['epochs'])} of {log['config']['epochs']}")
+    if code.split("+")[-1] != log["code"]:
+        log["code"] = f"{code}+{log['code']}"
+        print(f"note: the code has changed since: code {log['code']}")
 
 
 @contextlib.contextmanager

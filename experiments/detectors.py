@@ -114,6 +114,7 @@ def compare(config):
     training = train.get_loader(
         True, dataset, config.data_root, config.batch_size, device=device, augment=False
     )
+    results |= {"checkpoints": [], "rows": []}
     for path, model in networks.items():
         results["checkpoints"].append(evaluation.name_file(path))
         last = copy.deepcopy(ood_utils.last_layer(model)).cpu().requires_grad_(False)

@@ -53,6 +53,7 @@ def ask(config):
     for seed in range(1, ORDERS):
         orders[f"order {seed}"] = np.random.default_rng(seed).permutation(len(images))
     labels = loaders[evaluation.CLOSED].labels.cpu().numpy()
+    results |= {"checkpoints": [], "rows": []}
     for path, network in networks.items():
         for name, order in orders.items():
             model = copy.deepcopy(network)
@@ -96,7 +97,8 @@ def summarise(values, published=None):
 def print_tables(results):
     """A line a figure; the range is over networks and orders, "between orders" within a network."""
     rows = evaluation.shown_rows(results)
-    published = evaluation.published_of(results)
+    on_cifar100 = results["config"]["dataset"] == "cifar100" and results["config"]["score"] == "msp"
+    published = evaluation.PUBLISHED if on_cifar100 else {}
     error_rate = evaluation.PUBLISHED_ERROR_RATE if published else None
     split = rows[rows["set"] == evaluation.SPLIT]
     lines = {"error rate": summarise(by_pass(split, "error_rate"), error_rate)}

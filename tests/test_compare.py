@@ -1,0 +1,401 @@
+"""Did it help? Runs that are kept apart, grouped by setting, and compared with intervals."""
+
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, train_quietly, write_images
+from scipy import stats
+
+import ood_data
+import test as evaluation
+import train
+from ood_utils import InputError
+
+SETS = ("right / wrong", "gaussian", "blob", "svhn", "photos")
+
+
+def make_evaluation(path, seed, figures, **settings):
+    """What test.py writes of a run, with an AUROC for each of SETS after the error rate."""
+    error_rate, *aurocs = figures
+    run = {"path": path, "sha256": path, "error_rate": error_rate, "threshold": {"msp": 0.5}}
+    if settings:
+        settings = {"weight_decay": 1e-4, "stem": "imagenet", "images": 50000} | settings
+        run["training"] = {"seed": seed, "settings": settings, "epochs_done": 3, "accuracy": []}
+    row = {"checkpoint": path, "score": "msp"}
+    rows = [row | {"set": name, "auroc": a} for name, a in zip(SETS, aurocs, strict=False)]
+    config = {"dataset": "none", "score": "msp", "seed": 0, "ood_types": SETS[1:]}
+    results = {"config": config, "skipped": {}, "checkpoints": [run], "rows": rows}
+    return results | {"sets": [{"checkpoint": path, "set": name, "images": 9} for name in SETS]}
+
+
+def draw_figures(count, seed=0):
+    return np.random.default_rng(seed).normal(70, 5, (count, len(SETS) + 1))
+
+
+def cell_of(difference, half_width):
+    low, high = difference - half_width, difference + half_width
+    marked = " *" if low > 0 or high < 0 else ""
+    return f"{difference:+.2f} [{low:.2f}, {high:.2f}]{marked}"
+
+
+def lines_of(figures):
+    """The lines of the table by hand: the figures, then the means of noises and of images."""
+    noises, images = figures[:, [2, 3]].mean(1), figures[:, [4, 5]].mean(1)
+    return np.column_stack([figures, noises, images])
+
+
+def test_two_settings_with_the_same_seeds_are_compared_by_pairs(capsys):
+    """In whatever order; by the formula of the paired t interval."""
+    base, tweak = draw_figures(3), draw_figures(3, seed=1) + [0, 9, 9, 9, 9, 9]
+    evaluations = [
+        make_evaluation(f"base{seed}.pth", seed, base[seed], weight_decay=1e-4) for seed in range(3)
+    ]
+    evaluations += [
+        make_evaluation(f"{seed}.pth", seed, tweak[seed], weight_decay=5e-4) for seed in (2, 0, 1)
+    ]
+    results = evaluation.combine(evaluations, 0)
+    groups = [run["group"] for run in results["checkpoints"]]
+    assert groups == ["weight_decay 0.0001"] * 3 + ["weight_decay 0.0005"] * 3
+    assert {row["group"] for row in evaluations[0]["rows"]} == {"weight_decay 0.0001"}
+    table = evaluation.compare(results)
+    assert list(table.index) == ["error rate", *SETS, "mean of noises", "mean of image sets"]
+    first, second, difference = table.columns
+    assert first == "weight_decay 0.0001 (3 runs)" and "paired by seed" in difference
+    pairs = lines_of(tweak) - lines_of(base)
+    half_width = stats.t.ppf(0.975, 2) * pairs.std(0, ddof=1) / 3**0.5
+    assert list(table[difference]) == list(map(cell_of, pairs.mean(0), half_width))
+    mean, spread = lines_of(base).mean(0), lines_of(base).std(0, ddof=1)
+    assert list(table[first]) == [f"{m:.2f} +- {s:.2f}" for m, s in zip(mean, spread, strict=True)]
+    evaluation.print_comparison(results)
+    assert "8 intervals at 95%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_other_seeds_are_compared_by_students_interval(count):
+    """For one run against five: t of 4 degrees times s sqrt(1 + 1/5), a prediction interval."""
+    base, tweak = draw_figures(5), draw_figures(count, seed=1)
+    earlier = [make_evaluation(f"b{i}.pth", i, base[i], lr=0.1) for i in range(5)]
+    mine = [make_evaluation(f"m{i}.pth", 7 + i, tweak[i], lr=0.2) for i in range(count)]
+    *_, column = evaluation.compare(evaluation.combine(earlier + mine, 5)).items()
+    title, cells = column
+    assert "unpaired" in title
+    a, b = lines_of(base), lines_of(tweak)
+    squares = ((a - a.mean(0)) ** 2).sum(0) + ((b - b.mean(0)) ** 2).sum(0)
+    s = np.sqrt(squares / (3 + count))
+    half_width = stats.t.ppf(0.975, 3 + count) * s * np.sqrt(1 / 5 + 1 / count)
+    assert list(cells) == list(map(cell_of, b.mean(0) - a.mean(0), half_width))
+
+
+def test_one_run_against_one_has_no_interval(capsys):
+    figures = draw_figures(2)
+    pair = [make_evaluation(f"{i}.pth", 0, figures[i], lr=0.1 + i) for i in range(2)]
+    results = evaluation.combine(pair, 0)
+    cells = evaluation.compare(results).iloc[:, -1]
+    assert list(cells) == [f"{value:+.2f}" for value in lines_of(figures)[1] - lines_of(figures)[0]]
+    results["config"]["dataset"] = "cifar100"
+    evaluation.print_comparison(results)
+    out = capsys.readouterr().out
+    assert "no interval" in out and "shipped" in out
+    shipped = pd.DataFrame(json.loads(evaluation.SEEDS.read_text())["rows"])
+    svhn = shipped[(shipped["set"] == "svhn") & (shipped["score"] == "msp")]["auroc"]
+    (line,) = [line for line in out.splitlines() if line.startswith("| svhn")]
+    assert line.split("|")[-2].strip() == f"{np.ptp(svhn):.2f}"
+
+
+def names_of(*runs, earlier=0):
+    evaluations = [
+        make_evaluation(f"{i}.pth", i, draw_figures(1)[0], **run) for i, run in enumerate(runs)
+    ]
+    return [run["group"] for run in evaluation.combine(evaluations, earlier)["checkpoints"]]
+
+
+def test_groups_are_named_by_what_differs():
+    assert names_of({"lr": 0.1, "code": "a"}, {"lr": 0.1, "code": "a"}) == ["0", "0"]
+    assert names_of({"lr": 0.1, "code": "a"}, {"lr": 0.1, "code": "b"}) == ["code a", "code b"]
+    assert names_of({"lr": 0.1, "code": "a"}, {"lr": 0.2, "code": "b"}) == ["lr 0.1", "lr 0.2"]
+    two = names_of({"lr": 0.1, "stem": "x"}, {"lr": 0.2, "stem": "x"}, {"lr": 0.1, "stem": "y"})
+    assert two == ["stem x, lr 0.1", "stem x, lr 0.2", "stem y, lr 0.1"]
+    assert names_of({}, {}) == ["0", "1"]  # without logs nobody knows
+    # A log without code matches any, but the group then has one code.
+    assert names_of({"lr": 0.1}, {"lr": 0.1, "code": "a"}, {"lr": 0.1, "code": "b"}) == [
+        "code a", "code a", "code b"
+    ]  # fmt: skip
+    # Earlier evaluations have groups of their own.
+    assert names_of({"lr": 0.1}, {"lr": 0.1}, {"lr": 0.1, "code": "a"}, earlier=2) == [
+        "0",
+        "0",
+        "2",
+    ]
+
+
+def copy_run(folder, name, seed, shift, **settings):
+    """A run with the log of the digits run, but for its seed, its settings and a few logits."""
+    state = torch.load("digits_resnet18.pth", weights_only=True)
+    *_, bias = state
+    state[bias] = state[bias] + shift * torch.linspace(-1, 1, 10)
+    torch.save(state, folder / f"{name}.pth")
+    log = json.loads(Path("digits_resnet18.json").read_text())
+    log["config"] |= settings | {"seed": seed}
+    (folder / f"{name}.json").write_text(json.dumps(log))
+    return str(folder / f"{name}.pth")
+
+
+def test_runs_are_compared_from_the_command_line(in_digits_run, tmp_path, command):
+    """Own files for each run, one of all; earlier evaluations without their weights."""
+    base = [copy_run(tmp_path, f"base{seed}", seed, 0.1 * seed) for seed in range(2)]
+    tweak = [copy_run(tmp_path, f"t{seed}", seed, 2 + 0.3 * seed, lr=0.9) for seed in range(2)]
+    status, out, _ = command("test.py", "--checkpoint", *base, "--ood-types", "blob", "gaussian")
+    assert status == 0 and "of 2 runs, mean +- standard deviation" in out and "minus" not in out
+    files = sorted(path.name for path in tmp_path.glob("*.ood.*"))
+    assert files == ["base0.ood.json", "base0.ood.npz", "base0_and_1.ood.json",
+                     "base0_and_1.ood.png", "base1.ood.json", "base1.ood.npz"]  # fmt: skip
+    for path in base:
+        shutil.move(path, path + ".gone")
+    flags = ["--checkpoint", *tweak, "--ood-types", "blob", "photos", "--name", "both", "--compare"]
+    earlier = [tmp_path / f"base{seed}.ood.json" for seed in range(2)]
+    status, out, _ = command("test.py", *flags, *earlier)
+    assert status == 0 and out.count("Error Rate") == 2
+    assert "lr 0.9 minus lr 0.05, paired by seed" in out
+    assert "Left out, not in every evaluation: gaussian, photos." in out
+    results = json.loads((tmp_path / "both.ood.json").read_text())
+    assert [run["training"]["seed"] for run in results["checkpoints"]] == [0, 1, 0, 1]
+    own = json.loads((tmp_path / "t1.ood.json").read_text())
+    assert {row["checkpoint"] for row in own["rows"]} == {tweak[1]}
+    assert {row["group"] for row in own["rows"]} == {"lr 0.9"}
+    assert own["checkpoints"][0]["training"]["settings"]["lr"] == 0.9
+    with_both = command("test.py", *flags, tmp_path / "base0_and_1.ood.json")[1]
+    assert "paired by seed" in with_both
+
+    other_count = json.loads(earlier[0].read_text())
+    other_count["sets"][0]["images"] += 1
+    (tmp_path / "count.ood.json").write_text(json.dumps(other_count))
+    (tmp_path / "log.ood.json").write_text((tmp_path / "t0.json").read_text())
+    for file, message in (
+        ("count.ood.json", "images of closed set 361 -> 360"),
+        ("log.ood.json", "is not an .ood.json file of test.py"),
+        ("none.ood.json", "No such file"),
+        ("t1.ood.json", "one run"),
+        (ROOT / "results/cifar100_seeds.ood.json", "closed set cifar100 -> digits"),
+    ):
+        status, _, err = command("test.py", *flags, tmp_path / file)
+        assert status == 2 and message in err and err.count("\n") == 2, err
+    shutil.copy(tweak[0], tmp_path / "twin.pth")
+    for twin in ("twin.pth", "t0.pth"):
+        status, _, err = command("test.py", "--checkpoint", tweak[0], tmp_path / twin)
+        assert status == 2 and "has the weights of" in err
+
+
+def test_the_shipped_results_are_not_written_over(in_digits_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "RESULTS", tmp_path)
+    config = evaluation.Config()
+    assert evaluation.output_path(config, tmp_path / "a.pth", ".x").parent == Path()
+    config = evaluation.Config(output=str(tmp_path))
+    assert evaluation.output_path(config, tmp_path / "a.pth", ".x") == tmp_path / "a.x"
+
+
+# A finished run is kept
+
+
+def files_of(folder, stem):
+    return {path.name.removeprefix(stem): path.read_bytes() for path in folder.glob(f"{stem}.*")}
+
+
+@pytest.fixture
+def finished(class_folder, tmp_path):
+    """(data set, checkpoint, its files) of a finished run that was evaluated."""
+    path = tmp_path / "a.pth"
+    train_quietly(class_folder, path, epochs=1)
+    for ending in ("json", "npz", "png"):
+        (tmp_path / f"a.ood.{ending}").write_bytes(ending.encode())
+    return class_folder, path, files_of(tmp_path, "a")
+
+
+@pytest.mark.parametrize("option,message", [
+    ({"lr": 0.03}, "lr 0.02 -> 0.03"),
+    ({"seed": 1}, "seed 0 -> 1"),
+    ({}, "code ........ -> edited"),
+])  # fmt: skip
+def test_a_finished_run_of_another_kind_is_kept(finished, option, message, monkeypatch, capsys):
+    folder, path, before = finished
+    if not option:
+        monkeypatch.setattr(train, "digest_code", lambda: "edited")
+    for number in (1, 2):
+        train_quietly(folder, path, epochs=1, **option)
+        out = capsys.readouterr().out
+        if number == 1:
+            assert re.search(f"kept the finished run as .*a.1.pth \\({message}\\)", out)
+            assert f"test.py --checkpoint {path.with_name('a.1.pth')} {path}" in out
+            assert "starting over" not in out
+        else:  # the same again starts over
+            assert "starting over: the first save replaces" in out and "kept" not in out
+        assert files_of(path.parent, "a.1") == before
+    assert not path.with_name("a.2.pth").exists() and path.exists()
+
+
+def test_kept_runs_take_free_names_only(finished):
+    folder, path, before = finished
+    path.with_name("a.1.pth").write_bytes(b"a checkpoint of a user")
+    train_quietly(folder, path, epochs=1, lr=0.03)
+    assert path.with_name("a.1.pth").read_bytes() == b"a checkpoint of a user"
+    assert files_of(path.parent, "a.2") == before
+
+
+@pytest.mark.parametrize("moves", range(5))
+def test_a_kill_while_a_run_is_kept_loses_nothing(finished, moves, monkeypatch):
+    folder, path, before = finished
+    real_replace, count = train.os.replace, itertools.count()
+
+    def replace(old, new):
+        if next(count) == moves:
+            raise KeyboardInterrupt
+        real_replace(old, new)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.os, "replace", replace)
+        train_quietly(folder, path, epochs=1, lr=0.03)
+    train_quietly(folder, path, epochs=1, lr=0.03)
+    assert files_of(path.parent, "a.1") == before
+    assert json.loads(path.with_suffix(".json").read_text())["config"]["lr"] == 0.03
+
+
+def test_the_name_has_the_seed():
+    assert str(train.checkpoint_path(None, "digits", 0)) == "digits_resnet18.pth"
+    assert str(train.checkpoint_path(None, "digits", 3)) == "digits_resnet18_seed3.pth"
+    assert str(train.checkpoint_path("b.pth", "digits", 3)) == "b.pth"
+
+
+# Code and data
+
+
+def digest_of(edits, tmp_path, monkeypatch):
+    for name in ("train.py", "ood_data.py"):
+        text = (ROOT / name).read_text()
+        for old, new in edits.items():
+            text = text.replace(old, new)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    monkeypatch.setattr(ood_data, "__file__", str(tmp_path / "ood_data.py"))
+    return train.digest_code()
+
+
+def test_the_code_is_what_is_computed(tmp_path, monkeypatch):
+    def digest(edits):
+        return digest_of(edits, tmp_path, monkeypatch)
+
+    code = digest({})
+    words = {
+        "# why": "#",
+        '"""Pad with black': '"""Pad it',
+        "    epochs: int = 100": "    epochs: int = 9",
+    }
+    assert (
+        digest(words | {"    return crop_and_flip": "\n    # so\n    return crop_and_flip"}) == code
+    )
+    assert digest({"F.cross_entropy(model(images)": "F.cross_entropy(2 * model(images)"}) != code
+    assert digest({"MEAN = (0.4914": "MEAN = (0.5"}) != code
+
+
+def test_a_run_goes_on_with_other_code_and_names_both(cut_run, tmp_path, monkeypatch, capsys):
+    folder, *files = cut_run
+    for file in (*files, files[0].with_suffix(".json")):
+        shutil.copy(file, tmp_path)
+    before = json.loads((tmp_path / "cut.json").read_text())["code"]
+    monkeypatch.setattr(train, "digest_code", lambda: "edited")
+    train_quietly(folder, tmp_path / "cut.pth", resume=True)
+    assert f"the code has changed since: code {before}+edited" in capsys.readouterr().out
+    assert json.loads((tmp_path / "cut.json").read_text())["code"] == f"{before}+edited"
+
+
+@pytest.mark.parametrize("edit,message", [
+    (lambda path: path.rename(path.with_name("ant")), r"classes \['cat'\] -> \['ant'\]"),
+    (lambda path: (path / "000.png").unlink(), "images 24 -> 23, test_images 10 -> 9"),
+    (lambda path: write_images(path.with_name("eel"), 2), r"classes \[\] -> \['eel'\]"),
+])  # fmt: skip
+def test_other_data_is_not_resumed(cut_run, tmp_path, edit, message):
+    """A class renamed in both splits, an image less, a class more; the folder's name is kept."""
+    folder, checkpoint, state = cut_run
+    before = checkpoint.read_bytes(), state.read_bytes()
+    shutil.copytree(folder, tmp_path / "kept")
+    try:
+        for split in ("train", "test"):
+            edit(folder / split / "cat")
+        with pytest.raises(InputError, match=message):
+            train_quietly(folder, checkpoint, resume=True)
+    finally:
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "kept", folder)
+    assert (checkpoint.read_bytes(), state.read_bytes()) == before
+
+
+# Validation
+
+
+def contents_of(images):
+    return {image.numpy().tobytes() for image in images}
+
+
+def test_validation_images_are_neither_trained_on_nor_tested_on():
+    loaders = {
+        "rest": train.get_loader(True, "digits", validation=200),
+        "held out": train.get_loader(False, "digits", validation=200),
+        "test": train.get_loader(False, "digits"),
+        "all": train.get_loader(True, "digits"),
+    }
+    counts = {name: len(loader.images) for name, loader in loaders.items()}
+    assert counts == {"rest": 1237, "held out": 200, "test": 360, "all": 1437}
+    images = {name: contents_of(loader.images) for name, loader in loaders.items()}
+    assert images["rest"] | images["held out"] == images["all"]
+    assert not images["held out"] & images["rest"] and not images["held out"] & images["test"]
+    again = train.get_loader(False, "digits", validation=200, seed=5)
+    assert torch.equal(again.images, loaders["held out"].images)
+    known = {
+        image.numpy().tobytes(): label
+        for image, label in zip(loaders["all"].images, loaders["all"].labels, strict=True)
+    }
+    for image, label in zip(again.images, again.labels, strict=True):
+        assert known[image.numpy().tobytes()] == label
+
+
+def test_a_run_with_validation_never_reads_the_test_images(in_digits_run, command, monkeypatch):
+    read = ood_data.CLOSED_SETS["digits"]
+    splits = []
+    monkeypatch.setitem(
+        ood_data.CLOSED_SETS,
+        "digits",
+        lambda root, split: (splits.append(split), read(root, split))[1],
+    )
+    config = train.Config(
+        dataset="digits", validation=200, epochs=1, checkpoint="v.pth", device="cpu"
+    )
+    train.train_model(config)
+    assert set(splits) == {True}
+    log = json.loads((in_digits_run / "v.json").read_text())
+    assert "test_accuracy" not in log["epochs"][0] and log["validation_images"] == 200
+    flags = ["--checkpoint", "v.pth", "--ood-types", "blob"]
+    status, out, _ = command("test.py", *flags, "--split", "validation")
+    assert status == 0 and "validation images" in out
+    results = json.loads((in_digits_run / "v.ood.json").read_text())
+    (run,) = results["checkpoints"]
+    assert run["error_rate"] == pytest.approx(100 * (1 - log["epochs"][0]["validation_accuracy"]))
+    assert {(row["positives"], row["negatives"]) for row in results["rows"][1:2]} == {(200, 40)}
+    status, _, err = command(
+        "test.py", "--checkpoint", "digits_resnet18.pth", "--split", "validation"
+    )
+    assert status == 2 and "--validation NUMBER" in err
+
+
+def test_a_folder_may_have_validation_images_of_its_own(class_folder):
+    for name in ("cat", "dog"):
+        write_images(class_folder / "val" / name, 3, seed=20)
+    rest, labels, _ = ood_data.read_closed_set(str(class_folder), train=True, validation=5)
+    held_out, _, classes = ood_data.read_closed_set(str(class_folder), train=False, validation=5)
+    assert len(rest) == 24 and len(held_out) == 6 and classes == ["cat", "dog"]
+    with pytest.raises(InputError, match="--validation 1437 leaves none of the 1437 images"):
+        ood_data.read_closed_set("digits", train=True, validation=1437)
