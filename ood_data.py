@@ -21,17 +21,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 import torchvision.transforms.functional as TF
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from ood_utils import InputError
+import ood_utils
+from ood_utils import InputError, as_path
 
 DATA_ROOT = "~/data"  # where torchvision's data sets are, or are downloaded to
 NOISE_SEED = 0
@@ -44,6 +44,7 @@ EVAL_BATCH_SIZE = 1000  # images per forward pass: affects speed and memory only
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2023, 0.1994, 0.2010)
 
+UNREAD = (".gif", ".avif", ".heic", ".heif", ".jfif", ".jpe", ".jp2", ".tga", ".ico", ".svg")
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # of scikit-image
 
 
@@ -109,20 +110,21 @@ CLOSED_SET_NAMES = f"{', '.join(CLOSED_SETS)}, or a folder with train/<class>/ a
 
 
 def read_class_folder(folder, split):
-    """The images of folder/<split>/<class>/*; every split must have the same classes."""
-    try:
-        splits = [datasets.ImageFolder(folder / name) for name in dict.fromkeys((split, "train"))]
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{folder} needs images in train/<class>/, test/<class>/: {error}"
-        ) from error
-    odd = sorted(set(splits[0].classes) ^ set(splits[-1].classes))
+    """The images of folder/<split>/<class>/*; train/ must have the same classes."""
+    classes, train_classes = (
+        sorted(path.name for path in (folder / name).glob("*") if path.is_dir() and is_shown(path))
+        for name in (split, "train")
+    )
+    files = [find_images(folder / split / name) for name in classes]
+    if not files or not all(files):
+        raise InputError(f"{folder} needs images in train/<class>/ and {split}/<class>/.")
+    odd = sorted(set(classes) ^ set(train_classes))
     if odd:
         raise InputError(
             f"{folder}: only one of train/ and {split}/ has the class {', '.join(odd)}."
         )
-    paths, labels = zip(*splits[0].samples, strict=True)
-    return decode_all(paths, str(folder)), labels, splits[0].classes
+    labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files])
+    return decode_all([path for paths in files for path in paths], str(folder)), labels, classes
 
 
 def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
@@ -131,7 +133,7 @@ def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
     validation: how many training images to hold out, the same ones for every seed; of a
     folder with val/, those instead. With train=False they take the place of the test images.
     """
-    folder = Path(dataset).expanduser()
+    folder = as_path(dataset, "--dataset")
     cut = validation
     if dataset in CLOSED_SETS:
         images, labels, classes = CLOSED_SETS[dataset](data_root, train or validation > 0)
@@ -156,7 +158,7 @@ def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
 
 
 def read_svhn(root, count):
-    data = fetch(datasets.SVHN, Path(root) / "svhn", split="test")
+    data = fetch(datasets.SVHN, as_path(root, "--data-root") / "svhn", split="test")
     return torch.from_numpy(data.data[:count])
 
 
@@ -168,7 +170,7 @@ def read_mnist(root, count):
 def read_textures(root, count):
     """From the test split of DTD, 1,880 textures of 47 classes, in a fixed order."""
     data = fetch(datasets.DTD, root, split="test")
-    return torch.stack([fit(data[i][0]) for i in fixed_order(len(data))[:count]])
+    return decode_all([data._image_files[i] for i in fixed_order(len(data))[:count]], "textures")
 
 
 def read_photos(root, count):
@@ -195,23 +197,23 @@ OOD_SET_NAMES = f"{', '.join([*NOISES, *OOD_IMAGES])}, or a folder of images"
 
 
 def read_folder(folder, count):
-    """From all image files below a folder, in a fixed order."""
-    files = sorted(Path(folder).expanduser().rglob("*"))
-    files = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS]
+    """Images and files: the first of all image files below a folder, in a fixed order."""
+    files = find_images(folder)
     if not files:
         raise InputError(f"{folder} holds no image ({' '.join(IMG_EXTENSIONS)}).")
-    return decode_all([files[i] for i in fixed_order(len(files))[:count]], str(folder))
+    files = [files[i] for i in fixed_order(len(files))[:count]]
+    return decode_all(files, str(folder)), [str(file.relative_to(folder)) for file in files]
 
 
 def check_ood_name(name, dataset=None):
     """Raise InputError unless `name` is an OOD set or a folder, and not the closed set."""
     is_name = name in NOISES or name in OOD_IMAGES
-    folder = Path(name).expanduser().resolve()
+    folder = as_path(name, "OOD type").resolve()
     if not is_name and not folder.is_dir():
         raise InputError(f"Unknown OOD type {name!r}: use {OOD_SET_NAMES}.")
     overlaps = name == dataset
     if dataset and not is_name and dataset not in CLOSED_SETS:  # two folders
-        closed = Path(dataset).expanduser().resolve()
+        closed = as_path(dataset, "--dataset").resolve()
         folders = (folder, *folder.parents)
         overlaps = folder in closed.parents or folder == closed
         overlaps |= closed / "train" in folders or closed / "test" in folders
@@ -236,7 +238,7 @@ def build_ood_loader(
     noise_type and ood_num_examples are former keywords for name and count. Raises InputError,
     a ValueError, for an unknown or unavailable set, or a number below 1.
     """
-    name = noise_type if name is None else name
+    name, files = noise_type if name is None else name, None
     count = ood_num_examples if count is None else count
     if count < 1 or batch_size < 1:
         raise InputError("The number of images and the batch size must be at least 1.")
@@ -248,9 +250,9 @@ def build_ood_loader(
         images = OOD_IMAGES[name](data_root, count)
         check_images(images, name)
     else:
-        images = read_folder(name, count)
+        images, files = read_folder(as_path(name, "OOD type"), count)
     labels = torch.full((len(images),), -1)
-    return ImageLoader(images, labels, batch_size=batch_size, device=device)
+    return ImageLoader(images, labels, batch_size=batch_size, device=device, files=files)
 
 
 # Batches --------------------------------------------------------------------------------
@@ -297,6 +299,7 @@ class ImageLoader:
     transform: Callable = to_input  # (images (B, 3, 32, 32), generator) -> what the network takes
     shuffle: bool = False  # a new order in each epoch
     seed: int = 0  # the order is a function of (seed, epoch), the generator of (seed, epoch, batch)
+    files: list | None = None  # of the images of a folder, relative to it
 
     def __post_init__(self):
         self.images = self.images.to(self.device, memory_format=memory_format(self.device))
@@ -328,20 +331,48 @@ def check_images(images, name):
         raise InputError(f"{name} must return images uint8 (N, 3, 32, 32), not {found}.")
 
 
+def is_shown(path):
+    """False for what no user means: a hidden entry, a folder that is named like an image."""
+    named_like_an_image = path.suffix.lower() in (*IMG_EXTENSIONS, *UNREAD)
+    return not path.name.startswith(".") and not (named_like_an_image and path.is_dir())
+
+
+def find_images(folder):
+    """The image files below a folder, sorted; links are followed, each folder is read once."""
+    found, unread, seen = [], [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        folders[:] = sorted(name for name in folders if is_shown(Path(root, name)))
+        files = [Path(root, name) for name in files if is_shown(Path(root, name))]
+        found += [file for file in files if file.suffix.lower() in IMG_EXTENSIONS]
+        unread += [file for file in files if file.suffix.lower() in UNREAD]
+    if unread:
+        endings = " ".join(sorted({file.suffix for file in unread}))
+        print(f"note: {len(unread)} files of {folder} are not read: {endings}", file=sys.stderr)
+    return sorted(found, key=lambda file: file.relative_to(folder).parts)
+
+
 def to_rgb(image):
-    """8-bit RGB of a PIL image; convert() alone turns more than 8 bits white."""
-    values = np.asarray(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((values / 257).round().astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        if not (values.min() >= 0 and values.max() <= 255):
-            raise InputError(f"mode {image.mode} with values outside 0 to 255: save it with 8 bits")
-        image = Image.fromarray(values.round().astype(np.uint8))
+    """8-bit RGB of a PIL image as programs show it: turned by EXIF, transparency over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise InputError(f"mode {image.mode} has no known range: save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):  # convert() alone turns it white
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def fit(image):
     """uint8 (3, 32, 32) of a PIL image: shorter side to 32, centre crop."""
+    width, height = image.size
+    longest = 16 * min(image.size)  # of a strip, the middle: resized as a whole it fills memory
+    image = TF.center_crop(image, [min(height, longest), min(width, longest)])
     image = TF.resize(to_rgb(image), 32)
     image = TF.center_crop(image, 32)
     return TF.pil_to_tensor(image)
@@ -379,16 +410,17 @@ def fetch(dataset, root, **split):
 
     The lock makes runs that start at once download one after the other.
     """
-    root = Path(root).expanduser()
+    root = as_path(root, "--data-root")
     lock = contextlib.nullcontext()
     try:
         root.mkdir(parents=True, exist_ok=True)
         if os.access(root, os.W_OK):
-            lock = filelock.FileLock(root / f".{dataset.__name__}.lock")
+            lock = ood_utils.lock(root / f".{dataset.__name__}.lock", wait=True)
         with lock, contextlib.redirect_stdout(sys.stderr):  # standard output is for results
             return dataset(root, download=True, **split)
     except Exception as error:
         raise InputError(
             f"{dataset.__name__} is missing or damaged under {root} and could not be downloaded "
-            f"({error}): copy it there. digits and photos need no download."
+            f"({error}, {ood_utils.place_of(error)}): copy it there. digits and photos need no "
+            "download."
         ) from error

@@ -9,12 +9,17 @@ fractions; what is printed is percent.
 """
 
 import contextlib
+import errno
 import io
 import os
 import platform
+import shutil
 import sys
+import traceback
 from importlib import metadata
+from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 import tyro
@@ -73,6 +78,8 @@ def get_ood_scores(model, dataloader, closed_set=False, score=msp):
     scores = score(logits.double()).numpy()
     if not closed_set:
         return scores
+    if (labels < 0).any():
+        raise InputError("The closed set needs a label for every image.")
     correct = (logits.argmax(1) == labels).numpy()
     return scores, scores[correct], scores[~correct]
 
@@ -81,23 +88,60 @@ def get_ood_scores(model, dataloader, closed_set=False, score=msp):
 def get_logits(model, dataloader):
     """Return logits float32 (N, classes) and labels int64 (N,), on the CPU.
 
-    dataloader: an iterable of (images, labels) batches on any device. The network runs in
-    eval mode and in full float32; afterwards every layer has its own mode back. Raises
-    InputError, a ValueError, if there is no batch.
+    dataloader: an iterable of batches on any device: (images, labels), images, or a dict of
+    them. Images: uint8, which is normalised, or float32 normalised with this repository's
+    MEAN and STD. Labels: class numbers or one-hot; -1 where there are none. The network runs
+    in eval mode and in full float32; afterwards every layer has its own mode back. Raises
+    InputError, a ValueError, for no batch, or for float images that all are within [0, 1].
     """
-    device = next(model.parameters()).device
-    logits, labels = [], []
-    with eval_mode(model), full_float32(device):
+    from ood_data import ImageLoader, to_input  # which imports this file
+
+    parameter = next(model.parameters())
+    logits, labels, normalised = [], [], isinstance(dataloader, ImageLoader)
+    with eval_mode(model), full_float32(parameter.device):
         for batch in tqdm(dataloader, "scoring", delay=1, leave=False, disable=None):
-            logits.append(model(batch[0].to(device)).cpu())
-            labels.append(batch[1].cpu())
+            images, targets = split_batch(batch)
+            normalised |= images.dtype == torch.uint8 or images.ndim != 4
+            normalised = normalised or bool(images.amin() < 0 or images.amax() > 1)
+            images = to_input(images.to(parameter.device)).to(parameter.dtype)
+            logits.append(model(images).float().cpu())
+            labels.append(targets)
     if not logits:
         raise InputError("The data loader yields no batch.")
+    if not normalised:
+        raise InputError(
+            "The images are floats within [0, 1], so not normalised: pass uint8 images, or "
+            "normalise them with MEAN and STD of ood_data.py."
+        )
     return torch.cat(logits), torch.cat(labels)
+
+
+def split_batch(batch):
+    """Return images and labels int64 (N,), on the CPU, of a batch in one of the usual forms."""
+    labels = None
+    if isinstance(batch, dict):
+        keys = [name for name in ("image", "images", "pixel_values") if name in batch]
+        labels = batch.get("label", batch.get("labels"))
+        batch = [batch[keys[0]]] if keys else []
+    if isinstance(batch, (list, tuple)):
+        images, *rest = batch or [None]
+        labels = rest[0] if rest else labels
+    else:
+        images = batch
+    if not torch.is_tensor(images):
+        raise InputError("A batch must be (images, labels), images, or a dict with both.")
+    if labels is None:
+        return images, torch.full((len(images),), -1)
+    labels = torch.as_tensor(labels).cpu()
+    if labels.ndim == 2 and labels.shape[1] > 1:  # one-hot
+        labels = labels.argmax(1)
+    return images, labels.reshape(-1).long()
 
 
 def get_features(model, dataloader):
     """Return what enters the last Linear layer, float32 (N, features), on the CPU."""
+    for wrapper in ("_orig_mod", "module"):  # a compiled network, DataParallel
+        model = getattr(model, wrapper, model)
     features = []
     hook = last_layer(model).register_forward_pre_hook(
         lambda _, inputs: features.append(inputs[0].cpu())
@@ -129,15 +173,19 @@ def eval_mode(model):
 
 @contextlib.contextmanager
 def full_float32(device):
-    """Turn off autocast and TF32, which rounds a convolution's inputs to 10 bits."""
-    convolutions = torch.backends.cudnn.conv
-    precision = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
+    """Turn off autocast, and TF32 and bfloat16 inside of operators."""
+    backends = torch.backends
+    operators = [backends.cudnn.conv, backends.cuda.matmul]
+    operators += [backends.mkldnn.conv, backends.mkldnn.matmul]
+    before = [operator.fp32_precision for operator in operators]
     try:
+        for operator in operators:
+            operator.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        convolutions.fp32_precision = precision
+        for operator, precision in zip(operators, before, strict=True):
+            operator.fp32_precision = precision
 
 
 # Metrics --------------------------------------------------------------------------------
@@ -145,7 +193,13 @@ def full_float32(device):
 
 def as_scores(scores, group):
     """An array, tensor or list as float64 (N,), or raise InputError, a ValueError."""
-    scores = scores.detach().cpu() if torch.is_tensor(scores) else scores
+    if isinstance(scores, (list, tuple)) and any(torch.is_tensor(score) for score in scores):
+        scores = torch.cat([torch.as_tensor(score).detach().reshape(-1) for score in scores])
+    if torch.is_tensor(scores):
+        scores = scores.detach().cpu()
+        scores = scores.double().numpy() if scores.is_floating_point() else scores.numpy()
+    if np.ma.is_masked(scores) or np.asarray(scores).dtype.kind not in "fiu":
+        raise InputError(f"{group} scores must be real numbers, none of them masked.")
     scores = np.asarray(scores, dtype=np.float64)
     bad = np.sum(~np.isfinite(scores))
     if bad or scores.size == 0 or scores.squeeze().ndim > 1:
@@ -256,6 +310,42 @@ def get_difference(base, other, paired):
 # Files, device and command line ---------------------------------------------------------
 
 
+def place_of(error):
+    """File and line in which an exception was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
+def as_path(text, flag):
+    """The path, with ~ and variables expanded, or InputError."""
+    try:
+        if not str(text).strip() or "\0" in str(text):
+            raise RuntimeError("is empty: is a shell variable unset?")
+        return Path(os.path.expandvars(text)).expanduser()
+    except RuntimeError as error:  # no home directory
+        raise InputError(f"{flag} {str(text)!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def lock(path, wait):
+    """Hold a lock that is released when the process exits; some file systems have none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(path, blocking=wait)
+    try:
+        held.acquire()
+    except filelock.Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:
+        known = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+        if isinstance(error, OSError) and error.errno not in known:
+            raise
+        print(f"note: no lock on {path} ({error}): start one run at a time", file=sys.stderr)
+    try:
+        yield
+    finally:
+        held.release()
+
+
 def write_file(path, content):
     """Write bytes, or what torch.save takes; the path holds the old or the new file, whole."""
     if not isinstance(content, bytes):
@@ -299,7 +389,10 @@ def run_command(entry, config_class, if_interrupted="interrupted"):
     An error that the user can fix ends in one line on stderr and exit status 2, an
     interruption in status 130.
     """
-    sys.stdout.reconfigure(line_buffering=True)  # in a pipe too
+    if hasattr(sys.stdout, "reconfigure"):  # by lines in a pipe too, and never fatal
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    if shutil.get_terminal_size().columns < 40:
+        os.environ["COLUMNS"] = "40"  # tyro's help never ends in fewer
     try:
         return entry(tyro.cli(config_class))
     except BrokenPipeError:  # python test.py | head

@@ -65,6 +65,7 @@ class Config:
 OOD_SHARE = 5  # one OOD image for five test images: the chance level of AUPR depends on it
 CLOSED = "closed set"
 SPLIT = "right / wrong"  # correctly classified test images against misclassified ones
+ERROR, MEANS = "error rate", ("mean of noises", "mean of image sets")
 METRICS = {
     "auroc": "AUROC",
     "aupr": "AUPR, in-distribution positive",
@@ -96,17 +97,23 @@ def evaluate(config=None):
     """
     config = config or Config()
     settings, networks, loaders = load(config)
-    earlier = [read_evaluation(file, settings, loaders) for file in config.compare]
+    earlier = [read_evaluation(file, settings, loaders) for file in as_tuple(config.compare)]
     labels = loaders[CLOSED].labels.cpu().numpy()
-    evaluations, files, pictured = {}, {}, None
+    evaluations, files, failed, pictured = {}, {}, {}, None
     for path, model in networks.items():
-        scores, predictions = score_sets(model, loaders)
+        try:
+            scores, predictions = score_sets(model, loaders)
+        except InputError as error:
+            failed[path] = f"{path}: {error}"
+            continue
         run, rows, sets = measure_run(path, scores, predictions, labels)
         evaluations[path] = settings | {"checkpoints": [run], "rows": rows, "sets": sets}
-        files[output_path(config, path, ".ood.npz")] = pack(scores, predictions, labels)
+        files[output_path(config, path, ".ood.npz")] = pack(scores, predictions, labels, loaders)
         pictured = pictured or scores  # the first run's
+    if not evaluations:
+        raise InputError("; ".join(failed.values()))
     results = combine([*earlier, *evaluations.values()], len(earlier))
-    first = next(iter(networks))
+    first = next(iter(evaluations))
     others = len(results["checkpoints"]) - 1
     name = config.name or (f"{first.stem}_and_{others}" if others else first.stem)
     evaluations[first.with_name(f"{name}.pth")] = results
@@ -117,11 +124,13 @@ def evaluate(config=None):
         files = {}
     for file, content in files.items():
         ood_utils.write_file(file, content)
-    print_report(results, networks)
+    print_report(results, len(evaluations) - 1)
     print_tables(results, config.verbose)
     for file in files:
         print(f"wrote {file}")
-    return results
+    for reason in failed.values():
+        print(f"error: {reason}", file=sys.stderr)
+    return results | {"failed": list(failed)}
 
 
 # Load -----------------------------------------------------------------------------------
@@ -133,12 +142,14 @@ def load(config):
     Returns the start of the JSON, {path: network}, and {name: loader} with the closed set
     first. Raises InputError or OSError; an unavailable OOD set is listed under "skipped".
     """
-    if config.batch_size < 1 or config.seed < 0:
-        raise InputError("--batch-size must be at least 1 and --seed at least 0.")
+    if not 0 < config.batch_size < 2**31 or not 0 <= config.seed < 2**31:
+        raise InputError("--batch-size must be at least 1, --seed at least 0, both below 2^31.")
+    if config.score not in SCORES:
+        raise InputError(f"Unknown score {config.score!r}: use {', '.join(SCORES)}.")
     if config.name and Path(config.name).name != config.name:
         raise InputError(f"--name {config.name} is a path: pass a name, and --output for a folder.")
-    default = config.dataset or train.Config.dataset
-    names = config.checkpoint or [None]
+    default = train.Config.dataset if config.dataset is None else config.dataset
+    names = as_tuple(config.checkpoint) or [None]
     paths = [train.checkpoint_path(name, default, train.Config.seed) for name in names]
     networks = load_networks(paths)
     outputs = [output_path(config, path, "") for path in paths]
@@ -147,8 +158,8 @@ def load(config):
     for output in outputs:
         output.parent.mkdir(parents=True, exist_ok=True)
     log = train.read_log(paths[0])
-    dataset = config.dataset or (log["config"]["dataset"] if log else default)
-    sets = name_sets(config.ood_types, dataset)
+    dataset = log["config"]["dataset"] if log and config.dataset is None else default
+    sets = name_sets(as_tuple(config.ood_types), dataset)
     device = ood_utils.pick_device(config.device)
     settings = asdict(config) | {"dataset": dataset, "ood_types": list(sets)}
     for name in ("output", "name", "verbose", "compare"):  # no figure depends on them
@@ -170,6 +181,10 @@ def load(config):
         model.to(device)
     loaders, results["skipped"] = build_loaders(config, sets, test_loader, device)
     return results, networks, loaders
+
+
+def as_tuple(names):
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def load_networks(paths):
@@ -214,8 +229,10 @@ def name_sets(ood_types, dataset):
     known = [*ood_data.NOISES, *ood_data.OOD_IMAGES]
     for ood_type in dict.fromkeys(ood_types):
         ood_data.check_ood_name(ood_type, dataset)
-        name = ood_type if ood_type in known else Path(ood_type).expanduser().resolve().name
-        if name in sets or name == CLOSED or (name in known and name != ood_type):
+        path = ood_utils.as_path(ood_type, "OOD type").resolve()
+        name = ood_type if ood_type in known else path.name
+        name = "".join(letter if letter.isprintable() else "?" for letter in name)
+        if name in (*sets, CLOSED, ERROR, *MEANS) or (name in known and name != ood_type):
             raise InputError(f"Two sets would be named {name!r}: rename the folder {ood_type}.")
         sets[name] = ood_type
     return sets
@@ -231,7 +248,8 @@ def build_loaders(config, sets, test_loader, device):
                 ood_type, count, config.batch_size, config.seed, config.data_root, device
             )
         except (InputError, OSError) as error:
-            skipped[name] = " ".join(str(error).split())
+            place = "" if isinstance(error, InputError) else f" ({ood_utils.place_of(error)})"
+            skipped[name] = " ".join(f"{error}{place}".split())
     return loaders, skipped
 
 
@@ -241,7 +259,9 @@ def output_path(config, path, ending):
     The shipped results are not written over unless --output says so.
     """
     folder = path.parent if path.parent.resolve() != RESULTS else Path()
-    return (Path(config.output).expanduser() if config.output else folder) / f"{path.stem}{ending}"
+    if config.output is not None:
+        folder = ood_utils.as_path(config.output, "--output")
+    return folder / f"{path.stem}{ending}"
 
 
 def read_evaluation(file, settings, loaders):
@@ -249,7 +269,7 @@ def read_evaluation(file, settings, loaders):
     ours = images_of(settings, {name: len(loader.images) for name, loader in loaders.items()})
     score = settings["config"]["score"]
     try:
-        earlier = json.loads(Path(file).expanduser().read_text())
+        earlier = json.loads(ood_utils.as_path(file, "--compare").read_text())
         theirs = images_of(earlier, {row["set"]: row["images"] for row in earlier["sets"]})
         has_score = all(score in run["threshold"] for run in earlier["checkpoints"])
         for row in (*earlier["rows"], *earlier["sets"]):
@@ -286,6 +306,8 @@ def score_sets(model, loaders):
     scores, predictions = {}, {}
     for name, loader in loaders.items():
         columns = ood_utils.get_ood_scores(model, loader, score=all_scores)
+        if not np.isfinite(columns).all():
+            raise InputError(f"scores of {name} are not finite: leave this checkpoint out.")
         scores[name] = columns[:, :-1]
         predictions[name] = columns[:, -1].astype(np.int64)
     return scores, predictions
@@ -342,11 +364,13 @@ def measure_run(path, scores, predictions, labels):
     return run, rows, sets
 
 
-def pack(scores, predictions, labels):
+def pack(scores, predictions, labels, loaders):
     """The bytes of the .npz: what any other metric needs."""
     arrays = {"score_names": list(SCORES), "labels": labels, "predictions": predictions[CLOSED]}
     arrays |= {f"scores/{name}": array for name, array in scores.items()}
     arrays |= {f"predictions/{name}": array for name, array in predictions.items()}
+    named = {name: loader.files for name, loader in loaders.items() if loader.files}
+    arrays |= {f"files/{name}": files for name, files in named.items()}
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
     return content.getvalue()
@@ -408,7 +432,7 @@ def set_values(rows, metric):
     values = values.loc[rows["checkpoint"].unique(), rows["set"].unique()]
     noises = [name for name in values if name in ood_data.NOISES]
     images = [name for name in values if name not in (*noises, SPLIT)]
-    for title, names in (("mean of noises", noises), ("mean of image sets", images)):
+    for title, names in zip(MEANS, (noises, images), strict=True):
         if names:
             values[title] = values[names].mean(axis=1)
     return values
@@ -420,7 +444,7 @@ def compare(results):
     runs["seed"] = [run.get("training", {}).get("seed") for run in results["checkpoints"]]
     everywhere = rows.groupby("set")["checkpoint"].transform("nunique") == len(runs)
     values = set_values(rows[everywhere], "auroc").loc[runs.index]
-    values.insert(0, "error rate", runs["error_rate"])
+    values.insert(0, ERROR, runs["error_rate"])
     table, base = {}, None
     for name, group in runs.groupby("group", sort=False):
         group = group.sort_values("seed")
@@ -465,11 +489,11 @@ def published_of(results):
     return PUBLISHED if shown else {}
 
 
-def print_report(results, paths):
+def print_report(results, count):
     """The published report: in-distribution, or correctly classified, is the positive class."""
     rows = shown_rows(results)
-    for run in results["checkpoints"][-len(paths) :]:
-        if len(paths) > 1:
+    for run in results["checkpoints"][-count:]:
+        if count > 1:
             print(f"checkpoint: {run['path']}")
         print(f"Error Rate {run['error_rate']:.4f}")
         of_run = rows[rows["checkpoint"] == run["path"]].set_index("set")
@@ -498,9 +522,13 @@ def spread(values):
     return text
 
 
+def as_cell(name):
+    return str(name).replace("|", "\\|")
+
+
 def print_table(table, title):
     """A DataFrame of texts as a Markdown table, its index as the first column."""
-    table = table.rename_axis(title).reset_index()
+    table = table.rename(index=as_cell, columns=as_cell).rename_axis(title).reset_index()
     align = ["left", *["right"] * (table.shape[1] - 1)]
     print(table.to_markdown(index=False, tablefmt="pipe", colalign=align, disable_numparse=True))
     print()
@@ -513,7 +541,7 @@ def print_comparison(results):
     if not count and results["config"]["dataset"] == "cifar100" and SEEDS.exists():
         seeds = json.loads(SEEDS.read_text()) | {"config": results["config"]}
         values = set_values(shown_rows(seeds), "auroc")
-        values["error rate"] = [run["error_rate"] for run in seeds["checkpoints"]]
+        values[ERROR] = [run["error_rate"] for run in seeds["checkpoints"]]
         table["seeds alone move it by (5 shipped runs)"] = [
             f"{np.ptp(values[row]):.2f}" if row in values else "" for row in table.index
         ]
@@ -604,7 +632,8 @@ def to_pixels(images):
 
 
 def short(name):
-    return name if len(name) <= 25 else f"{name[:24]}…"
+    name = name if len(name) <= 25 else f"{name[:24]}…"
+    return name.replace("$", r"\$")  # no TeX
 
 
 def draw_dots(axes, results, colours):
@@ -684,4 +713,4 @@ def draw(results, scores, loaders, first):
 
 if __name__ == "__main__":
     outcome = ood_utils.run_command(evaluate, Config)
-    sys.exit(1 if outcome["skipped"] else 0)
+    sys.exit(1 if outcome["skipped"] or outcome["failed"] else 0)

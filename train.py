@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -142,24 +143,51 @@ def build_network(num_classes=100, stem=Config.stem):
 def load_network(path):
     """Return the network of a checkpoint, in eval mode on the CPU, or raise InputError.
 
-    Stem and number of classes come from the log, or without one from the weights.
+    Stem and number of classes come from the log, or without one from the weights. Wrappers
+    of other tools are taken off: a "state_dict" entry, a "module." before each name.
     """
     path = checkpoint_path(path)
     state, log = load_file(path), read_log(path)
-    try:
-        if log:
-            num_classes, stem = len(log["classes"]), log["config"]["stem"]
-        else:
-            *_, bias = state.values()
-            num_classes, conv = len(bias), state.get("conv1.weight")
-            stem = "cifar" if conv is not None and conv.shape[-1] == 3 else "imagenet"
-        model = build_network(num_classes, stem)
-        model.load_state_dict(state)
-    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path} does not fit build_network: {str(error)[:200]}") from error
-    if not all(value.isfinite().all() for value in state.values()):
-        raise InputError(f"{path} has weights that are not finite: train with a lower --lr.")
+    for entry in ("state_dict", "model", "model_state_dict", "net"):
+        state = state[entry] if isinstance(state, dict) and entry in state else state
+    if (
+        not isinstance(state, dict)
+        or not all(torch.is_tensor(v) for v in state.values())
+        or not state
+    ):
+        raise InputError(f"{path} holds no state dict of tensors, but a {type(state).__name__}.")
+    for prefix in ("module.", "_orig_mod.", "module."):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    if log:
+        num_classes, stem = len(log["classes"]), log["config"]["stem"]
+    else:
+        if path.with_suffix(".json").exists():
+            print(f"note: {path.with_suffix('.json')} is no log of train.py", file=sys.stderr)
+        *_, bias = state.values()  # of the last layer
+        num_classes, conv = bias.shape[0] if bias.ndim else 1, state.get("conv1.weight")
+        stem = "cifar" if conv is not None and conv.shape[-1] == 3 else "imagenet"
+    model = build_network(num_classes, stem).float()
+    check_fit(path, state, model.state_dict())
+    model.load_state_dict(state)
     return model.eval()
+
+
+def check_fit(path, state, expected):
+    """Raise InputError unless a state dict has the expected tensors, and sound ones."""
+    kinds = [
+        {name: (value.shape, value.is_floating_point()) for name, value in one.items()}
+        for one in (state, expected)
+    ]
+    odd = sorted(name for name, _ in kinds[0].items() ^ kinds[1].items())
+    if odd:
+        odd = list(dict.fromkeys(odd))
+        raise InputError(
+            f"{path} does not fit build_network: {len(odd)} weights are missing, unknown or of "
+            f"another shape or type, such as {', '.join(odd[:3])}."
+        )
+    for name, value in state.items():
+        if not value.isfinite().all() or ("running_var" in name and value.min() < 0):
+            raise InputError(f"{path}: {name} is not finite, or negative: train with a lower --lr.")
 
 
 # Training -------------------------------------------------------------------------------
@@ -332,11 +360,11 @@ def shorten_small_maps(model):
 
 def check_settings(config):
     """Raise InputError for a number out of its range."""
-    numbers = ("epochs", "batch_size", "lr", "gamma")
-    for name in (*numbers, "momentum", "weight_decay", "seed", "validation"):
+    positive = ("epochs", "batch_size", "lr", "gamma")
+    for name in (*positive, "momentum", "weight_decay", "seed", "validation"):
         value = getattr(config, name)
-        may_be_zero = name not in numbers
-        if value < 0 or (value == 0 and not may_be_zero) or not math.isfinite(value):
+        too_low = value is None or value < 0 or (value == 0 and name in positive)
+        if too_low or not value < 2**31:  # nor NaN
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range.")
     if not 0 <= config.label_smoothing <= 1:
         raise InputError("--label-smoothing must lie between 0 and 1.")
@@ -370,11 +398,12 @@ def pick_precision(precision, device):
 
 def checkpoint_path(checkpoint, dataset=Config.dataset, seed=0):
     """The given path, or <dataset>_resnet18.pth, with the seed in its name unless it is 0."""
-    name = f"{Path(dataset).expanduser().resolve().name}_resnet18"
+    name = f"{ood_utils.as_path(dataset, '--dataset').resolve().name}_resnet18"
     name += f"_seed{seed}.pth" if seed else ".pth"
-    path = Path(checkpoint or name).expanduser()
-    if path.is_dir() or path.suffix not in (".pth", ".pt"):  # the log goes to <stem>.json
-        raise InputError(f"{path} cannot be a checkpoint: pass a file such as resnet18.pth.")
+    path = ood_utils.as_path(name if checkpoint is None else checkpoint, "--checkpoint")
+    other_files = (".resume", ".ood")  # of a run, whose log is <stem>.json
+    if path.is_dir() or path.suffix not in (".pth", ".pt") or path.stem.endswith(other_files):
+        raise InputError(f"{path} cannot be a checkpoint: its name must end in .pth or .pt.")
     return path
 
 
@@ -385,20 +414,20 @@ def load_file(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"{path} is damaged, or holds code: it was not loaded.") from error
+        raise InputError(f"{path} is damaged, or holds code, not a state dict.") from error
 
 
 def read_log(path):
-    """Return the log beside a checkpoint, None where there is none; raise InputError."""
-    path = path.with_suffix(".json")
+    """Return the log beside a checkpoint, or beside what it links to; None if there is none."""
+    path = path.resolve().with_suffix(".json")
     if not path.exists():
         return None
     try:
-        log = json.loads(path.read_text())
+        log = json.loads(path.read_text(encoding="utf-8"))
         log["finished"] = len(log["epochs"]) == log["config"]["epochs"]
-        return log
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path} is not the log of a run: remove it.") from error
+        return log if log["classes"] and log["config"]["stem"] else None
+    except (ValueError, LookupError, TypeError):  # of another program
+        return None
 
 
 def digest_code():
@@ -418,6 +447,8 @@ def digest_code():
 def start_log(config, device, train_loader, test_loader):
     """Return the log of a run without epochs, and print what it runs on."""
     settings = asdict(config) | {"milestones": list(config.milestones)}
+    if config.dataset not in ood_data.CLOSED_SETS:
+        settings["dataset"] = str(ood_utils.as_path(config.dataset, "--dataset"))
     settings |= {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
     log = {"config": settings, "code": digest_code(), "classes": train_loader.classes}
     split = "validation" if config.validation else "test"
@@ -488,10 +519,12 @@ def keep_other_run(path, log):
 
 
 def finished_otherwise(path, log):
-    """differences between the finished run at path, if there is one, and the run of the log."""
+    """differences between what is finished at path, if anything is, and the run of the log."""
     old = read_log(path)
-    if not old or not old["finished"]:
+    if old and not old["finished"]:
         return {}
+    if not old:  # a checkpoint of another program
+        return {"log": ("none", "train.py's")} if path.exists() else {}
     return differences({"code": "unknown", **trained_with(old)}, trained_with(log))
 
 
@@ -531,10 +564,15 @@ def resume(path, log, model, optimizer):
 
 @contextlib.contextmanager
 def only_run_of(path):
-    """Hold a lock that is released when the process exits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Hold a lock, and refuse a path whose log is not its own."""
     try:
-        with filelock.FileLock(path.with_name(f".{path.stem}.lock"), blocking=False):
+        with ood_utils.lock(path.with_name(f".{path.stem}.lock"), wait=False):
+            twin = path.with_suffix(".pt" if path.suffix == ".pth" else ".pth")
+            foreign = path.with_suffix(".json").exists() and not read_log(path)
+            if twin.exists() or foreign:
+                raise InputError(
+                    f"{path} would share files with {twin} or another program's .json."
+                )
             yield
     except filelock.Timeout as error:
         raise InputError(f"Another run is writing {path}: pass another --checkpoint.") from error

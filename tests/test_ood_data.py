@@ -208,27 +208,6 @@ def test_a_set_that_cannot_be_had_says_so(name, dataset, tmp_path, no_network):
         assert re.match(pattern, " ".join(str(error.value).split()))
 
 
-@pytest.mark.parametrize("mode,value,pixel", [
-    ("I;16", 30000, 117),  # 16 bits: 30000 / 257
-    ("I", 200, 200),
-    ("F", 199.6, 200),
-    ("L", 80, 80),
-])  # fmt: skip
-def test_images_of_any_mode_keep_their_grey(mode, value, pixel, tmp_path):
-    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32, "L": np.uint8}[mode]
-    image = Image.fromarray(np.full((32, 32), value, dtype))
-    assert image.mode == mode
-    image.save(tmp_path / "a.tiff")
-    assert (build_ood_loader(str(tmp_path), 1).images == pixel).all()
-
-
-@pytest.mark.parametrize("value", [70000, -1])
-def test_more_bits_than_are_known_are_refused_by_name(value, tmp_path):
-    Image.fromarray(np.full((32, 32), value, np.int32)).save(tmp_path / "deep.tiff")
-    with pytest.raises(InputError, match="deep.tiff .*mode I with values outside 0 to 255"):
-        build_ood_loader(str(tmp_path), 1)
-
-
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
 def test_a_noise_may_be_an_array_or_a_tensor(kind, monkeypatch):
     monkeypatch.setitem(ood_data.NOISES, "flat", lambda rng, n: kind(np.ones((n, 3, 32, 32))))

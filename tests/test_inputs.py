@@ -1,0 +1,420 @@
+"""Inputs as users' machines have them: the right value, or one line that names the cause."""
+
+import errno
+import io
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import train_quietly, write_images
+from PIL import Image
+
+import ood_data
+import ood_utils
+import test as evaluation
+import train
+from ood_data import build_ood_loader, decode, normalise
+from ood_utils import InputError, get_logits, get_ood_scores, get_performance
+
+IMAGES = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+LABELS = torch.arange(6) % 3
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 3))
+
+
+# Loaders
+
+
+def batches_in_many_forms():
+    images, one_hot = normalise(IMAGES), torch.nn.functional.one_hot(LABELS)
+    yield "bytes", (IMAGES, LABELS), True
+    yield "list", (images, LABELS.tolist()), True
+    yield "array", [images, LABELS.numpy()], True
+    yield "one-hot", (images, one_hot), True
+    yield "column", (images, LABELS[:, None]), True
+    yield "float labels", (images, LABELS.double()), True
+    yield "double images", (images.double(), LABELS), True
+    yield "datasets", {"image": images, "label": LABELS}, True
+    yield "transformers", {"pixel_values": images, "labels": LABELS}, True
+    yield "one-tuple", (images,), False
+    yield "bare", images, False
+
+
+@pytest.mark.parametrize(
+    "form,batch,labelled", list(batches_in_many_forms()), ids=lambda v: str(v)[:9]
+)
+def test_batches_come_in_many_forms(form, batch, labelled, network):
+    expected, _ = get_logits(network, [(normalise(IMAGES), LABELS)])
+    logits, labels = get_logits(network, [batch])
+    assert torch.equal(logits, expected)
+    assert torch.equal(labels, LABELS if labelled else torch.full((6,), -1))
+    if not labelled:
+        with pytest.raises(InputError, match="needs a label"):
+            get_ood_scores(network, [batch], closed_set=True)
+
+
+def test_images_that_are_not_normalised_are_refused(network):
+    unit = IMAGES / 255
+    with pytest.raises(InputError, match=r"within \[0, 1\], so not normalised: pass uint8"):
+        get_logits(network, [(unit, LABELS)])
+    get_logits(network, [(normalise(IMAGES), LABELS), (unit, LABELS)])  # some batch is
+    loader = ood_data.ImageLoader(unit, LABELS)  # a noise may lie anywhere
+    assert len(get_logits(network, loader)[0]) == 6
+
+
+@pytest.mark.parametrize("batch", [[], {"x": 1}, [None, None], "ab"])
+def test_a_batch_of_another_form_is_named(batch, network):
+    with pytest.raises(InputError, match="A batch must be"):
+        get_logits(network, [batch])
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile])
+def test_wrapped_networks_have_features(wrap, network):
+    expected = ood_utils.get_features(network, [(IMAGES, LABELS)])
+    assert torch.equal(ood_utils.get_features(wrap(network), [(IMAGES, LABELS)]), expected)
+
+
+@pytest.mark.parametrize("backend", [
+    torch.backends, torch.backends.cudnn, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul
+])  # fmt: skip
+def test_the_precision_of_the_caller_is_left_alone(backend, network):
+    expected, _ = get_logits(network, [(IMAGES, LABELS)])
+    before = backend.fp32_precision
+    try:
+        backend.fp32_precision = "ieee" if backend is not torch.backends.mkldnn.matmul else "bf16"
+        chosen = backend.fp32_precision
+        assert torch.equal(get_logits(network, [(IMAGES, LABELS)])[0], expected)
+        assert backend.fp32_precision == chosen
+    finally:
+        backend.fp32_precision = before
+
+
+def test_the_default_dtype_of_the_caller_changes_no_score(in_digits_run):
+    loader = train.get_loader(False, "digits")
+    expected = get_ood_scores(train.load_network("digits_resnet18.pth"), loader)
+    try:
+        torch.set_default_dtype(torch.float64)
+        model = train.load_network("digits_resnet18.pth")
+        scores = get_ood_scores(model, train.get_loader(False, "digits"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert np.array_equal(scores, expected)
+
+
+# Arrays
+
+
+@pytest.mark.parametrize("scores", [
+    np.ma.masked_array([1.0, 2.0], [False, True]), ["1", "2"], np.array([1 + 2j]), [None, 1.0],
+    torch.tensor([1 + 1j]), [True, False],
+], ids=str)  # fmt: skip
+def test_what_is_no_real_number_is_refused(scores):
+    with pytest.raises(InputError, match="positive scores must be real numbers"):
+        get_performance(scores, [0.0])
+
+
+@pytest.mark.parametrize("scores", [
+    torch.tensor([3.0, 4.0], dtype=torch.bfloat16), [torch.tensor(3.0, requires_grad=True), 4.0],
+    [torch.tensor([3.0, 4.0], requires_grad=True)], np.array([3, 4], np.float16),
+    torch.tensor([3, 4]), np.ma.masked_array([3.0, 4.0], [False, False]),
+], ids=str)  # fmt: skip
+def test_real_numbers_come_in_many_types(scores):
+    assert get_performance(scores, [1.0, 3.5])[0] == 0.75
+
+
+# Images
+
+
+def save(path, image, **options):
+    image.save(path, **options)
+    return decode(path)
+
+
+def test_images_are_turned_as_viewers_turn_them(tmp_path):
+    """Tag 6: the left half of the file is the top of the picture."""
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:, :16, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    shown = save(tmp_path / "a.png", Image.fromarray(pixels), exif=exif)
+    assert (shown[0, :16] == 255).all() and (shown[0, 16:] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparent_pixels_are_white(mode, tmp_path):
+    rgba = Image.new("RGBA", (32, 32), (0, 0, 0, 255))
+    rgba.paste((0, 0, 0, 0), (0, 0, 16, 32))  # black is hidden under it
+    options = {}
+    image = rgba.convert(mode) if mode == "LA" else rgba
+    if mode in ("P", "RGB"):  # one colour is transparent
+        image = Image.new(mode, (32, 32), 0)
+        image.paste(1 if mode == "P" else (1, 1, 1), (0, 0, 16, 32))
+        if mode == "P":
+            image.putpalette([0, 0, 0, 0, 0, 0] + [0] * 762)
+        options["transparency"] = 1 if mode == "P" else (1, 1, 1)
+    shown = save(tmp_path / "a.png", image, **options)
+    assert (shown[:, :, :16] == 255).all() and (shown[:, :, 16:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype,value,pixel", [
+    (np.uint16, 30000, 117), (np.uint8, 80, 80), (np.int32, 200, None), (np.float32, 0.5, None)
+])  # fmt: skip
+def test_grey_keeps_its_value_or_is_refused(dtype, value, pixel, tmp_path):
+    """16 bits: 30000 / 257; 32 bits have no known range."""
+    image = Image.fromarray(np.full((32, 32), value, dtype))
+    if pixel is None:
+        with pytest.raises(InputError, match="a.tiff .*no known range: save it with 8 or 16 bits"):
+            save(tmp_path / "a.tiff", image)
+    else:
+        assert (save(tmp_path / "a.tiff", image) == pixel).all()
+
+
+def test_a_long_strip_is_cut_before_it_is_resized(tmp_path):
+    pixels = np.zeros((1, 200_001), np.uint8)
+    pixels[0, 100_000] = 200
+    assert (save(tmp_path / "a.png", Image.fromarray(pixels))[:, :, 15:17] > 100).any()
+
+
+# Folders
+
+
+def clutter(folder):
+    """What machines leave in folders of images, and links."""
+    write_images(folder / ".ipynb_checkpoints", 1)
+    (folder / ".git").mkdir()
+    (folder / "._000.png").write_bytes(b"macOS")
+    (folder / "album.jpg").mkdir()
+    (folder / "notes.txt").write_text("no image")
+    (folder / "moving.gif").write_bytes(b"")
+
+
+def test_entries_that_are_no_images_are_passed_over(class_folder, tmp_path, capsys):
+    clutter(class_folder / "train")
+    clutter(class_folder / "train/cat")
+    images, labels, classes = ood_data.read_closed_set(str(class_folder))
+    assert classes == ["cat", "dog"] and np.bincount(labels).tolist() == [12, 12]
+    write_images(tmp_path / "far/b", 2)
+    write_images(tmp_path / "elsewhere", 1, seed=3)
+    clutter(tmp_path / "far")
+    (tmp_path / "far/a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "far/b/loop").symlink_to(tmp_path / "far")
+    loader = build_ood_loader(str(tmp_path / "far"), 9)
+    assert sorted(loader.files) == ["a/000.png", "b/000.png", "b/001.png"]
+    assert "1 files of" in capsys.readouterr().err
+    for file, image in zip(loader.files, loader.images, strict=True):
+        assert torch.equal(image, decode(tmp_path / "far" / file))
+
+
+def test_the_files_taken_do_not_depend_on_the_systems_order(tmp_path, monkeypatch):
+    for name in ("b", "A", "a.d", "a"):
+        write_images(tmp_path / "x" / name, 3, size=(32, 32))
+    expected = ood_data.find_images(tmp_path / "x")
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda *a, **k: ((r, d, f[::-1]) for r, d, f in walk(*a, **k)))
+    assert ood_data.find_images(tmp_path / "x") == expected and len(expected) == 12
+    assert [path.parent.name for path in expected[::3]] == ["A", "a", "a.d", "b"]
+
+
+@pytest.mark.parametrize(
+    "name", ["mean of noises", "mean of image sets", "error rate", "closed set"]
+)
+def test_names_of_the_tables_are_refused(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match="would be named"):
+        evaluation.name_sets([str(tmp_path / name)], "digits")
+
+
+def test_names_are_shown_as_they_are(in_digits_run, tmp_path, command):
+    for name in ("a|b", "$x^2$", "中文", "two\nlines"):
+        write_images(tmp_path / name, 2)
+    flags = ["--checkpoint", "digits_resnet18.pth", "--ood-types", *tmp_path.glob("*")]
+    status, out, _ = command("test.py", *flags)
+    assert status == 0
+    for text in ("ood type: a|b\n", "| a\\|b ", "ood type: $x^2$\n", "中文", "two?lines"):
+        assert text in out, text
+
+
+def test_an_output_that_is_not_utf8_ends_nothing(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.setattr(sys, "stdout", out)
+    ood_utils.run_command(lambda config: print("中文"), evaluation.Config)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # a notebook's
+    ood_utils.run_command(lambda config: print("中文"), evaluation.Config)
+    out.seek(0)
+    assert out.read() == "\\u4e2d\\u6587\n"
+
+
+# Checkpoints of other tools
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: {"state_dict": state, "epoch": 3},
+    lambda state: {"model": {f"module.{name}": value for name, value in state.items()}},
+    lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
+    lambda state: {f"module._orig_mod.{name}": value for name, value in state.items()},
+])  # fmt: skip
+def test_wrapped_state_dicts_are_unwrapped(wrap, in_digits_run, tmp_path, capsys):
+    state = torch.load("digits_resnet18.pth", weights_only=True)
+    torch.save(wrap(state), tmp_path / "m.pth")
+    (tmp_path / "m.json").write_text('{"lr": 0.1}')  # another tool's
+    model = train.load_network(tmp_path / "m.pth")
+    expected = train.load_network("digits_resnet18.pth").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert "m.json is no log of train.py" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_told_by_three_names(in_digits_run, tmp_path):
+    state = torch.load("digits_resnet18.pth", weights_only=True)
+    first, *_, last = state
+    variance = next((name for name in state if "running_var" in name), None)
+    cases = {
+        "extra": (state | {f"x{i}": state[last] for i in range(9)}, "9 weights .* x0, x1, x2"),
+        "missing": ({n: v for n, v in state.items() if n != first} | {last: state[last]}, first),
+        "integer": (state | {first: state[first].long()}, first),
+        "grey": (state | {first: state[first][:, :1]}, first),
+        "list": ([1, 2], "no state dict"),
+        "empty": ({}, "no state dict"),
+    }
+    if variance:
+        cases["variance"] = (
+            state | {variance: state[variance] - 1e6},
+            f"{variance} is not finite, or",
+        )
+    for name, (content, message) in cases.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        with pytest.raises(InputError, match=message):
+            train.load_network(tmp_path / f"{name}.pth")
+    torch.save(train.load_network("digits_resnet18.pth"), tmp_path / "whole.pth")
+    with pytest.raises(InputError, match="whole.pth is damaged, or holds code"):
+        train.load_network(tmp_path / "whole.pth")
+
+
+def test_a_link_has_the_log_of_its_target(in_digits_run, tmp_path):
+    (tmp_path / "best.pth").symlink_to(in_digits_run / "digits_resnet18.pth")
+    assert train.read_log(tmp_path / "best.pth")["config"]["dataset"] == "digits"
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.pth.tar", "a.PTH", "a.resume.pth", "a.ood.pth", "a"])
+def test_names_that_collide_with_files_of_runs_are_refused(name):
+    with pytest.raises(InputError, match="must end in .pth or .pt"):
+        train.checkpoint_path(name)
+
+
+def test_files_of_others_are_never_replaced(class_folder, tmp_path):
+    """A twin that shares the log, another tool's .json, another tool's weights."""
+    (tmp_path / "a.pt").write_bytes(b"of another run")
+    (tmp_path / "b.json").write_text('{"lr": 1}')
+    (tmp_path / "c.pth").write_bytes(b"of another tool")
+    for name in ("a.pth", "b.pth"):
+        with pytest.raises(InputError, match="would share files"):
+            train_quietly(class_folder, tmp_path / name, epochs=1)
+    train_quietly(class_folder, tmp_path / "c.pth", epochs=1)
+    assert (tmp_path / "c.1.pth").read_bytes() == b"of another tool"
+    assert (tmp_path / "b.json").read_text() == '{"lr": 1}'
+
+
+def test_scores_that_are_not_finite_cost_no_other_checkpoint(in_digits_run, tmp_path, command):
+    state = torch.load("digits_resnet18.pth", weights_only=True)
+    *_, weight, bias = state
+    torch.save(state | {bias: state[bias] + 0.1}, tmp_path / "good.pth")
+    torch.save(
+        state | {weight: state[weight] * 1e38, bias: state[bias] + 3e38}, tmp_path / "bad.pth"
+    )
+    flags = ["--dataset", "digits", "--ood-types", "blob", "--checkpoint"]
+    status, out, err = command("test.py", *flags, tmp_path / "bad.pth", tmp_path / "good.pth")
+    assert status == 1 and "bad.pth: scores of closed set are not finite" in err
+    assert "Error Rate" in out and (tmp_path / "good.ood.json").exists()
+    status, _, err = command("test.py", *flags, tmp_path / "bad.pth")
+    assert status == 2 and "bad.pth: scores of" in err
+
+
+# Paths, numbers, file systems
+
+
+@pytest.mark.parametrize("text,message", [
+    ("", "is empty: is a shell variable unset"),
+    ("~nosuchuser/x", "home directory"),
+    ("a\0b", "is empty|unset"),
+])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag", ["checkpoint", "dataset", "data_root", "output", "compare", "ood_types"]
+)
+def test_paths_that_lead_nowhere_are_one_line(text, message, flag, in_digits_run):
+    several = flag in ("checkpoint", "compare", "ood_types")
+    options = {"checkpoint": ("digits_resnet18.pth",), "ood_types": ("svhn",)}
+    options[flag] = (text,) if several else text
+    with pytest.raises(InputError, match=message):
+        results = evaluation.evaluate(evaluation.Config(**options))
+        raise InputError(results["skipped"]["svhn"])  # where only the set needs the path
+
+
+def test_variables_in_paths_are_expanded(monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    assert str(ood_utils.as_path("$SCRATCH/data", "--data-root")) == "/scratch/data"
+
+
+@pytest.mark.parametrize("option", [
+    {"seed": -1}, {"seed": None}, {"seed": 2**64}, {"batch_size": 10**20}, {"lr": float("nan")},
+    {"epochs": 0}, {"validation": -1},
+], ids=str)  # fmt: skip
+def test_numbers_out_of_range_are_named(option):
+    (name,) = option
+    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} .* is out of range"):
+        train.check_settings(train.Config(**option))
+
+
+def test_one_milestone_at_the_end_is_allowed():
+    train.check_settings(train.Config(milestones=(0.5, 1.0)))
+
+
+def test_settings_from_python_may_be_one_name(in_digits_run):
+    config = evaluation.Config(
+        checkpoint="digits_resnet18.pth", ood_types="blob", output="new/folder"
+    )
+    assert evaluation.evaluate(config)["config"]["ood_types"] == ["blob"]
+    assert os.path.exists("new/folder/digits_resnet18.ood.json")
+    with pytest.raises(InputError, match="Unknown score 'maxlogit': use .*max_logit"):
+        evaluation.evaluate(evaluation.Config(checkpoint="digits_resnet18.pth", score="maxlogit"))
+
+
+def test_the_same_folder_with_a_slash_is_resumed(cut_run):
+    folder, checkpoint, _ = cut_run
+    log = json.loads(checkpoint.with_suffix(".json").read_text())
+    assert log["config"]["dataset"] == str(folder)
+    config = train.Config(dataset=f"{folder}/")
+    loader = train.get_loader(False, str(folder))
+    new = train.start_log(config, torch.device("cpu"), loader, loader)
+    assert new["config"]["dataset"] == str(folder)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(number, class_folder, tmp_path, monkeypatch, capsys):
+    def acquire(*args, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(ood_utils.filelock.FileLock, "acquire", acquire)
+    train_quietly(class_folder, tmp_path / "a.pth", epochs=1)
+    assert "note: no lock on" in capsys.readouterr().err and (tmp_path / "a.pth").exists()
+
+
+def test_a_reader_that_fails_is_named_by_file_and_line(in_digits_run, monkeypatch, command):
+    def read(root, count):
+        raise OSError("no such tape")
+
+    monkeypatch.setitem(ood_data.OOD_IMAGES, "tapes", read)
+    config = evaluation.Config(checkpoint=("digits_resnet18.pth",), ood_types=("tapes", "blob"))
+    skipped = evaluation.evaluate(config)["skipped"]["tapes"]
+    assert skipped.startswith("no such tape (test_inputs.py:")
+
+
+def test_help_ends_in_a_terminal_of_a_few_columns(monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "3")
+    assert command("train.py", "--help")[0] == 0
