@@ -69,7 +69,7 @@ def blob(rng, count):
     from skimage.filters import gaussian as blur
 
     values = rng.binomial(1, 0.7, (count, 32, 32, 3)).astype(np.float32)
-    # Sigma 0 along the first axis: the bits of one call per image, in one call.
+    # Sigma 0 along the first axis: one call gives the bits of a call for each image.
     values = blur(values, sigma=(0, 1.5, 1.5, 1.5), mode="nearest", channel_axis=None)
     values[values < 0.75] = 0
     return values.transpose(0, 3, 1, 2) * 2 - 1
@@ -240,7 +240,7 @@ def build_ood_loader(
     """
     name, files = noise_type if name is None else name, None
     count = ood_num_examples if count is None else count
-    if count < 1 or batch_size < 1:
+    if count is None or count < 1 or batch_size < 1:
         raise InputError("The number of images and the batch size must be at least 1.")
     check_ood_name(name)
     if name in NOISES:
@@ -304,7 +304,7 @@ class ImageLoader:
     def __post_init__(self):
         self.images = self.images.to(self.device, memory_format=memory_format(self.device))
         self.labels = torch.as_tensor(self.labels, dtype=torch.int64, device=self.device)
-        self.epoch = 0  # counts up by itself
+        self.epoch = 0  # incremented by each iteration
 
     def __len__(self):
         return math.ceil(len(self.images) / self.batch_size)
@@ -356,7 +356,7 @@ def find_images(folder):
 
 
 def to_rgb(image):
-    """8-bit RGB of a PIL image as programs show it: turned by EXIF, transparency over white."""
+    """8-bit RGB of a PIL image as programs show it: rotated by EXIF, transparency over white."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise InputError(f"mode {image.mode} has no known range: save it with 8 or 16 bits")

@@ -92,7 +92,7 @@ def get_logits(model, dataloader):
     them. Images: uint8, which is normalised, or float32 normalised with this repository's
     MEAN and STD. Labels: class numbers or one-hot; -1 where there are none. The network runs
     in eval mode and in full float32; afterwards every layer has its own mode back. Raises
-    InputError, a ValueError, for no batch, or for float images that all are within [0, 1].
+    InputError, a ValueError, without a batch, or for float images that all are within [0, 1].
     """
     from ood_data import ImageLoader, to_input  # which imports this file
 
@@ -328,7 +328,7 @@ def as_path(text, flag):
 
 @contextlib.contextmanager
 def lock(path, wait):
-    """Hold a lock that is released when the process exits; some file systems have none."""
+    """Hold a lock that is released when the process exits; a note where there are no locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     held = filelock.FileLock(path, blocking=wait)
     try:

@@ -7,13 +7,13 @@
 
 Prints, in percent, the error rate, the score's performance on correctly classified images
 (positive) against misclassified ones, then on the closed set (positive) against each OOD set;
-then tables. Runs that differ in more than their seed are compared. Writes before that, beside
-the checkpoint or into --output, for each checkpoint
+then tables. Runs that differ in more than their seed are compared. The files are written first,
+beside each checkpoint or into --output:
     cifar100_resnet18.ood.json    every figure of every set and score, and what they depend on
     cifar100_resnet18.ood.npz     scores and predictions of every image
-and of all together, for several as <first>_and_<number of others> or --name, a .ood.json and
     cifar100_resnet18.ood.png     AUROC and accuracy of every run, images and scores of the first
-Exit status 1 if an OOD set had to be skipped; if all were, nothing is written.
+Several runs share a .ood.json and a .ood.png, <first>_and_<number of others> or --name.
+Exit status 1 if an OOD set or a checkpoint had to be skipped.
 """
 
 import hashlib
@@ -73,7 +73,7 @@ METRICS = {
     "aupr_out": "AUPR, OOD positive",
     "fpr95_out": "FPR95, OOD positive",
 }
-# The published run, with MSP: AUROC, AUPR, FPR95, in-distribution positive.
+# One run of 100 epochs, ryyt.cn/news/65707.html: AUROC, AUPR, FPR95 of MSP.
 PUBLISHED_ERROR_RATE = 46.30
 PUBLISHED = {
     SPLIT: (81.98, 85.74, 73.39),
@@ -98,6 +98,10 @@ def evaluate(config=None):
     config = config or Config()
     settings, networks, loaders = load(config)
     earlier = [read_evaluation(file, settings, loaders) for file in as_tuple(config.compare)]
+    digests = [run["sha256"] for evaluation in earlier for run in evaluation["checkpoints"]]
+    digests += [name_file(path)["sha256"] for path in networks]
+    if len(set(digests)) < len(digests):
+        raise InputError("One run is named twice by --compare, or --checkpoint too: pass it once.")
     labels = loaders[CLOSED].labels.cpu().numpy()
     evaluations, files, failed, pictured = {}, {}, {}, None
     for path, model in networks.items():
@@ -113,7 +117,7 @@ def evaluate(config=None):
     if not evaluations:
         raise InputError("; ".join(failed.values()))
     results = combine([*earlier, *evaluations.values()], len(earlier))
-    first = next(iter(evaluations))
+    first, count = next(iter(evaluations)), len(evaluations)
     others = len(results["checkpoints"]) - 1
     name = config.name or (f"{first.stem}_and_{others}" if others else first.stem)
     evaluations[first.with_name(f"{name}.pth")] = results
@@ -124,7 +128,7 @@ def evaluate(config=None):
         files = {}
     for file, content in files.items():
         ood_utils.write_file(file, content)
-    print_report(results, len(evaluations) - 1)
+    print_report(results, count)
     print_tables(results, config.verbose)
     for file in files:
         print(f"wrote {file}")
@@ -148,6 +152,8 @@ def load(config):
         raise InputError(f"Unknown score {config.score!r}: use {', '.join(SCORES)}.")
     if config.name and Path(config.name).name != config.name:
         raise InputError(f"--name {config.name} is a path: pass a name, and --output for a folder.")
+    if config.name in [Path(name).stem for name in as_tuple(config.checkpoint)]:
+        raise InputError(f"--name {config.name} is the name of a run: pass another.")
     default = train.Config.dataset if config.dataset is None else config.dataset
     names = as_tuple(config.checkpoint) or [None]
     paths = [train.checkpoint_path(name, default, train.Config.seed) for name in names]
@@ -189,22 +195,18 @@ def as_tuple(names):
 
 def load_networks(paths):
     """{path: network}; InputError where two files hold the same weights."""
-    networks = {}
+    networks, known = {}, {}
     for path in paths:
-        network = train.load_network(path)
-        for other, known in networks.items():
-            if same_weights(network.state_dict(), known.state_dict()):
-                raise InputError(f"{path} has the weights of {other}: pass it once.")
-        networks[path] = network
+        networks[path] = train.load_network(path)
+        *_, weight, bias = networks[path].state_dict().values()
+        twin = known.setdefault((weight.numpy().tobytes(), bias.numpy().tobytes()), path)
+        if twin is not path:
+            raise InputError(f"{path} has the weights of {twin}: pass it once.")
     return networks
 
 
-def same_weights(state, other):
-    return state.keys() == other.keys() and all(torch.equal(state[n], other[n]) for n in state)
-
-
 def check_closed_set(path, model, dataset, classes):
-    """Raise InputError if the checkpoint is of other classes or of another normalisation."""
+    """Raise InputError if a run has other classes or another normalisation than now."""
     log = train.read_log(path)
     outputs = ood_utils.last_layer(model).out_features
     if (log["classes"] if log else outputs) != (classes if log else len(classes)):
@@ -265,7 +267,7 @@ def output_path(config, path, ending):
 
 
 def read_evaluation(file, settings, loaders):
-    """Return the JSON of an earlier evaluation; InputError where it is of other images."""
+    """Return the JSON of an earlier evaluation; InputError if it is for other images."""
     ours = images_of(settings, {name: len(loader.images) for name, loader in loaders.items()})
     score = settings["config"]["score"]
     try:
@@ -386,14 +388,11 @@ def combine(evaluations, earlier):
     checkpoints have groups of their own, and so has a run without a log.
     """
     results = evaluations[-1] | {"checkpoints": [], "rows": [], "sets": []}
-    groups, weights = [], {}
+    groups = []
     for number, evaluation in enumerate(evaluations):
         for part in ("checkpoints", "rows", "sets"):
             results[part] += evaluation[part]
         for run in evaluation["checkpoints"]:
-            twin = weights.setdefault(run["sha256"], run["path"])
-            if twin != run["path"]:
-                raise InputError(f"{run['path']} and {twin} are one run: pass it once.")
             side, known = number < earlier, dict(run.get("training", {}).get("settings", {}))
             for group in groups:
                 may_join = known and group["known"] and group["side"] == side
@@ -546,7 +545,11 @@ def print_comparison(results):
             f"{np.ptp(values[row]):.2f}" if row in values else "" for row in table.index
         ]
     print()
-    print_table(table, f"AUROC, {results['config']['score']}")
+    print_table(table, f"error rate and AUROC, {results['config']['score']}")
+    settings = [run["training"]["settings"] for run in results["checkpoints"] if "training" in run]
+    codes = list(dict.fromkeys(known["code"] for known in settings if "code" in known))
+    if len(codes) > 1:
+        print(f"The code differs, too: {', '.join(codes)}.")
     if left_out:
         print(f"Left out, not in every evaluation: {', '.join(left_out)}.")
     if count:
@@ -566,7 +569,8 @@ def print_performance(results, group):
     table = rows[list(METRICS)].agg(spread).rename(columns=METRICS)
     classes = sets["effective_classes"].agg(spread)
     table["effective classes"] = classes.reindex(table.index, fill_value="")
-    table = table.reindex([*table.index, *results["skipped"]], fill_value="skipped")
+    skipped = [name for name in results["skipped"] if name not in table.index]
+    table = table.reindex([*table.index, *skipped], fill_value="skipped")
     published = published_of(results)
     if published:
         cells = {name: "{:.2f} / {:.2f} / {:.2f}".format(*published[name]) for name in published}

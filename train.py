@@ -5,8 +5,8 @@
     python train.py --resume                       # continue after an interruption
 
 Prints a line per epoch and writes, by default for CIFAR-100 and in the working directory,
-    cifar100_resnet18.pth          a plain state dict, which torchvision's resnet18 loads;
-                                   kernel weights that only ever see padding are zero
+    cifar100_resnet18.pth          a plain state dict, which torchvision's resnet18 loads
+                                   (by default; --stem cifar has another first layer)
     cifar100_resnet18.json         the log: settings, classes, versions, figures of every epoch
     cifar100_resnet18.resume.pth   the state of an unfinished run
 """
@@ -174,13 +174,13 @@ def load_network(path):
 
 def check_fit(path, state, expected):
     """Raise InputError unless a state dict has the expected tensors, and sound ones."""
-    kinds = [
-        {name: (value.shape, value.is_floating_point()) for name, value in one.items()}
-        for one in (state, expected)
-    ]
-    odd = sorted(name for name, _ in kinds[0].items() ^ kinds[1].items())
+
+    def kind(tensors, name):
+        return name in tensors and (tensors[name].shape, tensors[name].is_floating_point())
+
+    names = dict.fromkeys([*state, *expected])
+    odd = [name for name in names if kind(state, name) != kind(expected, name)]
     if odd:
-        odd = list(dict.fromkeys(odd))
         raise InputError(
             f"{path} does not fit build_network: {len(odd)} weights are missing, unknown or of "
             f"another shape or type, such as {', '.join(odd[:3])}."
@@ -304,7 +304,8 @@ class SmallMapConv(nn.Module):
     def __init__(self, conv, live):
         super().__init__()
         self.live = live
-        self.weight = nn.Parameter(conv.weight[:, :, live, live].detach().clone())
+        weight = conv.weight[:, :, live, live].detach().clone()
+        self.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
 
     def forward(self, maps):
         size = maps.shape[-1]
@@ -328,8 +329,12 @@ class SmallMapConv(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
 
 
-# (map size, stride): the rows, and columns, of the kernel that ever meet a pixel
-LIVE = {(2, 1): slice(0, 3), (2, 2): slice(1, 3), (1, 1): slice(1, 2), (1, 2): slice(1, 2)}
+LIVE = {  # (map, stride): the rows, and columns, of the kernel that ever meet a pixel
+    (2, 2, 1, 1): slice(0, 3),
+    (2, 2, 2, 2): slice(1, 3),
+    (1, 1, 1, 1): slice(1, 2),
+    (1, 1, 2, 2): slice(1, 2),
+}
 
 
 @torch.no_grad()
@@ -339,7 +344,7 @@ def shorten_small_maps(model):
 
     def note_size(module, inputs):
         if type(module) is nn.Conv2d:
-            sizes[module] = max(inputs[0].shape[-1], sizes.get(module, 0))
+            sizes.setdefault(module, set()).add(inputs[0].shape[2:])
 
     try:
         with ood_utils.eval_mode(model), register_module_forward_pre_hook(note_size):
@@ -347,10 +352,12 @@ def shorten_small_maps(model):
     except RuntimeError as error:
         raise InputError(f"build_network's network takes no 32x32 images: {error}") from error
     names = {module: name for name, module in model.named_modules()}
-    for conv, size in sizes.items():
-        shape = (*conv.kernel_size, *conv.padding, *conv.dilation, conv.groups)
-        live = LIVE.get((size, conv.stride[0]))
-        if live and shape == (3, 3, 1, 1, 1, 1, 1) and conv.bias is None:
+    for conv, shapes in sizes.items():
+        plain = nn.Conv2d(1, 1, 3, conv.stride, padding=1, bias=False, device="meta")
+        plain.in_channels, plain.out_channels = conv.in_channels, conv.out_channels
+        has_hooks = conv._forward_hooks or conv._forward_pre_hooks
+        live = LIVE.get((*max(shapes), *conv.stride)) if len(shapes) == 1 else None
+        if live and not has_hooks and conv.extra_repr() == plain.extra_repr():
             model.set_submodule(names[conv], SmallMapConv(conv, live))
     return model
 
@@ -410,7 +417,9 @@ def checkpoint_path(checkpoint, dataset=Config.dataset, seed=0):
 def load_file(path):
     """Load what torch.save wrote, tensors and plain data only: nothing in it is executed."""
     if not path.is_file():
-        raise InputError(f"No checkpoint at {path}. Run `python train.py` first, or pass another.")
+        raise InputError(
+            f"No checkpoint at {path}. Run `python train.py` first, or pass another path."
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -430,25 +439,34 @@ def read_log(path):
         return None
 
 
+def outline(node):
+    """A syntax tree as nested lists, the same in every version of Python, without docstrings."""
+    if isinstance(node, list):
+        text = [
+            isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in node
+        ]
+        return [outline(part) for part, is_text in zip(node, text, strict=True) if not is_text]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [(name, outline(value)) for name, value in ast.iter_fields(node)]
+    return [type(node).__name__, *[field for field in fields if field[1] not in ("None", [])]]
+
+
 def digest_code():
-    """A digest of this file and ood_data.py; Config's values and docstrings do not count."""
+    """A digest of this file and ood_data.py without docstrings, and without Config's values."""
     digest = hashlib.sha256()
     for file in (__file__, ood_data.__file__):
         tree = ast.parse(Path(file).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef) and node.name == "Config":
-                node.body = []  # the log has the values
-            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                node.value.value = ""  # a docstring
-        digest.update(ast.dump(tree).encode())
+        tree.body = [part for part in tree.body if getattr(part, "name", None) != "Config"]
+        digest.update(repr(outline(tree)).encode())
     return digest.hexdigest()[:8]
 
 
 def start_log(config, device, train_loader, test_loader):
-    """Return the log of a run without epochs, and print what it runs on."""
+    """Return the log of a run that has no epoch yet, and print what it runs on."""
     settings = asdict(config) | {"milestones": list(config.milestones)}
     if config.dataset not in ood_data.CLOSED_SETS:
-        settings["dataset"] = str(ood_utils.as_path(config.dataset, "--dataset"))
+        settings["dataset"] = str(ood_utils.as_path(config.dataset, "--dataset").resolve())
     settings |= {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
     log = {"config": settings, "code": digest_code(), "classes": train_loader.classes}
     split = "validation" if config.validation else "test"
@@ -465,11 +483,12 @@ def trained_with(log):
     """What the figures of a run depend on: its settings, its data, its code."""
     free = ("data_root", "checkpoint", "device", "resume")
     settings = {name: value for name, value in log["config"].items() if name not in free}
+    settings["dataset"] = Path(settings["dataset"]).name  # a folder may move
     return settings | {name: log[name] for name in (*DATA, "code") if name in log}
 
 
 def differences(old, new):
-    """{name: (old, new)} of what two runs were trained with; what one does not know is equal."""
+    """{name: (old, new)} of what two runs were trained with; a name that one lacks is ignored."""
     names = [name for name in new if name in old and old[name] != new[name]]
     return {name: (old[name], new[name]) for name in names}
 
@@ -519,7 +538,7 @@ def keep_other_run(path, log):
 
 
 def finished_otherwise(path, log):
-    """differences between what is finished at path, if anything is, and the run of the log."""
+    """How the finished run at path differs from the run of the log; {} if there is none."""
     old = read_log(path)
     if old and not old["finished"]:
         return {}
@@ -554,7 +573,8 @@ def resume(path, log, model, optimizer):
         raise InputError(f"{path} is not a run of this network: {str(error)[:200]}") from error
     if changed:
         raise InputError(
-            f"{path} was trained otherwise: {in_words(changed)}. Leave --resume to start over."
+            f"{path} was trained otherwise: {in_words(changed)}. Pass another --checkpoint, or "
+            "start over without --resume."
         )
     print(f"resuming after epoch {len(log['epochs'])} of {log['config']['epochs']}")
     if code.split("+")[-1] != log["code"]:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import os
 import pickle
 import runpy
 import signal
@@ -22,8 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def on_the_cpu():
-    """A GPU beside it changes nothing: the same run has the same bits on a CPU alone."""
+    """A GPU beside it changes nothing, and no test waits for the disk."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(torch.accelerator, "current_accelerator", lambda **options: None)
         yield
 
@@ -44,6 +46,18 @@ def command(monkeypatch, capsys):
 
     yield run
     signal.signal(signal.SIGINT, handler)
+
+
+def tiny_network(num_classes=100, stem=None):
+    layers = [torch.nn.Conv2d(3, 8, 3, 2, bias=False), torch.nn.BatchNorm2d(8), torch.nn.ReLU()]
+    layers += [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, num_classes)]
+    return torch.nn.Sequential(*layers)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Where a test is about files, not about the network."""
+    monkeypatch.setattr(train, "build_network", tiny_network)
 
 
 def write_images(folder, count, seed=0, size=(40, 34)):
@@ -111,9 +125,9 @@ def cut_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
-    """(folder, what train.py printed) of three epochs on digits."""
+    """(folder, what train.py printed) of two epochs on digits."""
     folder = tmp_path_factory.mktemp("digits")
-    flags = "--dataset digits --epochs 3 --lr 0.05 --batch-size 64 --device cpu"
+    flags = "--dataset digits --epochs 2 --lr 0.05 --batch-size 64 --device cpu"
     out = io.TextIOWrapper(io.BytesIO())
     redirected = contextlib.redirect_stdout(out)
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder), redirected:

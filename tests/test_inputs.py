@@ -308,7 +308,7 @@ def test_names_that_collide_with_files_of_runs_are_refused(name):
         train.checkpoint_path(name)
 
 
-def test_files_of_others_are_never_replaced(class_folder, tmp_path):
+def test_files_of_others_are_never_replaced(class_folder, tmp_path, tiny):
     """A twin that shares the log, another tool's .json, another tool's weights."""
     (tmp_path / "a.pt").write_bytes(b"of another run")
     (tmp_path / "b.json").write_text('{"lr": 1}')
@@ -396,7 +396,9 @@ def test_the_same_folder_with_a_slash_is_resumed(cut_run):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_named(number, class_folder, tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_named(
+    number, class_folder, tmp_path, monkeypatch, capsys, tiny
+):
     def acquire(*args, **options):
         raise OSError(number, os.strerror(number))
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from conftest import interrupt_after, same_bits, small_config, train_quietly
+from conftest import interrupt_after, same_bits, small_config, tiny_network, train_quietly
 from torch.nn import functional as F
-from torchvision.models import mobilenet_v3_small, resnet18, resnet34, resnet50
+from torchvision.models import mobilenet_v3_small, resnet18, resnet50
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import ood_data
@@ -107,13 +107,6 @@ def test_get_loader_shuffles_and_augments_unless_asked_not_to():
 # Network
 
 
-def cifar_stem():
-    model = resnet18(num_classes=10)
-    model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    model.maxpool = torch.nn.Identity()
-    return model
-
-
 def no_max_pool():
     model = resnet18(num_classes=10)
     model.maxpool = torch.nn.Identity()
@@ -121,7 +114,7 @@ def no_max_pool():
 
 
 @pytest.mark.parametrize("build,shortened", [
-    (resnet18, 7), (resnet34, 17), (resnet50, 8), (cifar_stem, 0), (no_max_pool, 3)
+    (resnet18, 7), (resnet50, 8), (no_max_pool, 3)
 ])  # fmt: skip
 def test_shortened_networks_equal_the_full_ones(build, shortened, monkeypatch):
     """In float64, forward and after a step; batch norm gets maps in the layout of the device."""
@@ -176,6 +169,20 @@ def test_networks_without_small_convolutions_are_left_as_they_are():
     assert list(before) == list(after) and all(torch.equal(before[n], after[n]) for n in before)
     assert model.training and not model.features[1].training
     assert ood_utils.last_layer(model) is model.classifier[3]
+
+
+@pytest.mark.parametrize("change", [
+    {"padding_mode": "circular"}, {"groups": 2}, {"bias": True}, {"stride": (1, 2)},
+], ids=str)  # fmt: skip
+def test_only_plain_convolutions_are_shortened(change):
+    conv = torch.nn.Conv2d(4, 4, 3, **({"padding": 1, "bias": False} | change))
+    before = torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Conv2d(3, 4, 1), conv)
+    assert shorten_small_maps(before)[2] is conv
+
+
+def test_frozen_convolutions_stay_frozen():
+    model = resnet18().requires_grad_(False)
+    assert not any(weight.requires_grad for weight in shorten_small_maps(model).parameters())
 
 
 def test_a_network_that_takes_no_32x32_images_is_refused_before_training():
@@ -280,14 +287,14 @@ def test_the_schedules_by_hand():
 # Runs
 
 
-def test_one_seed_gives_one_checkpoint(class_folder, tmp_path):
+def test_one_seed_gives_one_checkpoint(class_folder, tmp_path, tiny):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train_quietly(class_folder, tmp_path / f"{name}.pth", epochs=1, seed=seed)
     assert same_bits(tmp_path / "a.pth", tmp_path / "b.pth")
     assert not same_bits(tmp_path / "a.pth", tmp_path / "c.pth")
 
 
-def test_the_log_holds_settings_data_and_figures(class_folder, tmp_path):
+def test_the_log_holds_settings_data_and_figures(class_folder, tmp_path, tiny):
     train_quietly(class_folder, tmp_path / "a.pth", schedule="cosine", milestones=(0.5, 0.7))
     log = json.loads((tmp_path / "a.json").read_text())
     lrs = [epoch["lr"] for epoch in log["epochs"]]
@@ -316,7 +323,7 @@ def test_resume_is_exact_and_appends(cut_run, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.glob("cut*")) == ["cut.json", "cut.pth"]
 
 
-def test_a_finished_run_is_not_started_over(class_folder, tmp_path, capsys):
+def test_a_finished_run_is_not_started_over(class_folder, tmp_path, capsys, tiny):
     path = tmp_path / "a.pth"
     train_quietly(class_folder, path, epochs=2, resume=True)
     assert "no unfinished run" in capsys.readouterr().out
@@ -357,7 +364,7 @@ def test_damaged_states_are_refused_and_kept(cut_run):
     state.write_bytes(whole)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(class_folder, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(class_folder, tmp_path, monkeypatch, tiny):
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     steps = iter(range(1000))
 
@@ -371,7 +378,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(class_folder, tmp_path, monkeyp
     assert (tmp_path / "a.resume.pth").exists()
 
 
-def test_a_second_run_of_one_checkpoint_touches_nothing(class_folder, tmp_path, monkeypatch):
+def test_a_second_run_of_one_checkpoint_touches_nothing(class_folder, tmp_path, monkeypatch, tiny):
     """Started in the middle of the first, it ends in a line; the first goes on undisturbed."""
     errors, real_step = [], train_step
 
@@ -399,35 +406,32 @@ def slow_run(config, training):
     ood_utils.os.fsync = lambda descriptor: (real_fsync(descriptor), time.sleep(0.02))
     ood_utils.os.replace = lambda *paths: (time.sleep(0.02), real_replace(*paths), time.sleep(0.02))
     train.SAVE_SECONDS = 0
+    train.build_network = tiny_network
     train.train_model(config)
 
 
-def test_kills_at_random_moments_lose_nothing(cut_run, tmp_path):
-    """Two kills of a run that has a state to resume; at its end it has the whole run's bits."""
-    folder, *saved = cut_run
+def test_kills_at_random_moments_lose_nothing(class_folder, tmp_path, tiny):
+    """Two kills of a run that resumes; at its end it has the whole run's bits."""
     context = multiprocessing.get_context("forkserver")  # imports torch once for all runs
     context.set_forkserver_preload(["train"])
-    config = small_config(folder, tmp_path / "cut.pth", resume=True)
+    config = small_config(class_folder, tmp_path / "cut.pth", resume=True)
     moments = random.Random(0)
-    training, kills, finished, ends = tmp_path / "training", 0, True, []
-    while kills < 2 or not finished:
-        if finished:
-            for path in (*saved, saved[0].with_suffix(".json")):
-                shutil.copy(path, tmp_path)
+    training, kills, ends = tmp_path / "training", 0, []
+    while kills < 2 or not ends:
         training.unlink(missing_ok=True)
         process = context.Process(target=slow_run, args=(config, training))
         process.start()
         while process.is_alive() and not training.exists():
             time.sleep(0.01)
-        process.join(moments.uniform(0, 0.8) if kills < 2 else 60)
+        process.join(moments.uniform(0, 0.6) if kills < 2 else 60)
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             kills += 1
         for path in tmp_path.glob("cut*.pth"):  # the old file or the new one, whole
             torch.load(path, weights_only=True)
-        finished = process.exitcode == 0
-        if finished:
-            ends.append(shutil.copy(tmp_path / "cut.pth", tmp_path / f"end{len(ends)}.pth"))
-    train_quietly(folder, tmp_path / "whole.pth")
+        if process.exitcode == 0:
+            ends.append(shutil.move(tmp_path / "cut.pth", tmp_path / f"end{len(ends)}.pth"))
+            (tmp_path / "cut.json").unlink()
+    train_quietly(class_folder, tmp_path / "whole.pth")
     assert all(same_bits(end, tmp_path / "whole.pth") for end in ends)
