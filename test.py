@@ -338,8 +338,6 @@ def name_file(path):
         accuracies = [v for epoch in log["epochs"] for k, v in epoch.items() if "accuracy" in k]
         run["training"] = {"seed": settings.pop("seed"), "settings": settings}
         run["training"] |= {"epochs_done": len(log["epochs"]), "accuracy": accuracies}
-        if not log["finished"]:
-            settings["epochs_done"] = len(log["epochs"])
     return run
 
 
@@ -393,7 +391,11 @@ def combine(evaluations, earlier):
         for part in ("checkpoints", "rows", "sets"):
             results[part] += evaluation[part]
         for run in evaluation["checkpoints"]:
-            side, known = number < earlier, dict(run.get("training", {}).get("settings", {}))
+            side, known = number < earlier, {}
+            if "training" in run:
+                known = run["training"]["settings"] | {
+                    "epochs_done": run["training"]["epochs_done"]
+                }
             for group in groups:
                 may_join = known and group["known"] and group["side"] == side
                 if may_join and not train.differences(group["known"], known):
@@ -416,7 +418,8 @@ def name_groups(groups):
     first, *others = [group["known"] for group in groups]
     common = [key for key in first if all(key in other for other in others)]
     differ = [key for key in common if any(other[key] != first[key] for other in others)]
-    differ = [key for key in differ if key not in (*train.DATA, "code")] or differ
+    implied = (*train.DATA, "epochs_done", "code")  # by a setting, as a rule
+    differ = [key for key in differ if key not in implied] or differ
     names = [", ".join(f"{key} {group['known'][key]}" for key in differ) for group in groups]
     if len(set(names)) < len(names) or not differ:
         files = [group["runs"][0]["path"].split(": ")[0] for group in groups]

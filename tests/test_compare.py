@@ -127,6 +127,11 @@ def test_groups_are_named_by_what_differs():
     assert names_of({"lr": 0.1}, {"lr": 0.1, "code": "a"}, {"lr": 0.1, "code": "b"}) == [
         "code a", "code a", "code b"
     ]  # fmt: skip
+    unfinished = make_evaluation("b.pth", 1, draw_figures(1)[0], lr=0.1)
+    unfinished["checkpoints"][0]["training"]["epochs_done"] = 2
+    pair = [make_evaluation("a.pth", 0, draw_figures(1)[0], lr=0.1), unfinished]
+    groups = [run["group"] for run in evaluation.combine(pair, 0)["checkpoints"]]
+    assert groups == ["epochs_done 3", "epochs_done 2"]
     # Earlier evaluations have groups of their own.
     assert names_of({"lr": 0.1}, {"lr": 0.1}, {"lr": 0.1, "code": "a"}, earlier=2) == [
         "0",

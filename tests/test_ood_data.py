@@ -189,6 +189,7 @@ def test_the_first_images_of_a_folder_are_not_all_of_one_class(tmp_path):
 @pytest.mark.parametrize("arguments,message", [
     (("fog", 10), "Unknown OOD type 'fog': use .*gaussian, .*, or a folder"),
     (("blob", 0), "at least 1"),
+    (("blob",), "at least 1"),
     (("blob", 10, 0), "at least 1"),
 ])  # fmt: skip
 def test_build_ood_loader_refuses(arguments, message):
