@@ -503,16 +503,17 @@ def in_words(changed):
 
 
 def save(path, log, model, optimizer):
-    """Write checkpoint and log, and until the last epoch what --resume needs; each file whole."""
+    """Write what --resume needs, until the last epoch, then checkpoint and log; each file whole."""
     keep_other_run(path, log)
+    unfinished = len(log["epochs"]) < log["config"]["epochs"]
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     state_path = path.with_suffix(".resume.pth")
-    ood_utils.write_file(path, weights)
-    ood_utils.write_file(path.with_suffix(".json"), json.dumps(log, indent=1).encode())
-    if len(log["epochs"]) < log["config"]["epochs"]:
+    if unfinished:
         state = {"log": log, "model": weights, "optimizer": optimizer.state_dict()}
         ood_utils.write_file(state_path, state)
-    else:
+    ood_utils.write_file(path, weights)
+    ood_utils.write_file(path.with_suffix(".json"), json.dumps(log, indent=1).encode())
+    if not unfinished:
         state_path.unlink(missing_ok=True)
         print(f"wrote {path}")
 
@@ -542,8 +543,9 @@ def finished_otherwise(path, log):
     old = read_log(path)
     if old and not old["finished"]:
         return {}
-    if not old:  # a checkpoint of another program
-        return {"log": ("none", "train.py's")} if path.exists() else {}
+    if not old:  # a checkpoint of another program, unless a first save was interrupted
+        foreign = path.exists() and not path.with_suffix(".resume.pth").exists()
+        return {"log": ("none", "train.py's")} if foreign else {}
     return differences({"code": "unknown", **trained_with(old)}, trained_with(log))
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, train_quietly, write_images
+from conftest import ROOT, same_bits, train_quietly, write_images
 from scipy import stats
 
 import ood_data
+import ood_utils
 import test as evaluation
 import train
 from ood_utils import InputError
@@ -268,6 +269,26 @@ def test_a_kill_while_a_run_is_kept_loses_nothing(finished, moves, monkeypatch):
     train_quietly(folder, path, epochs=1, lr=0.03)
     assert files_of(path.parent, "a.1") == before
     assert json.loads(path.with_suffix(".json").read_text())["config"]["lr"] == 0.03
+
+
+def test_a_first_save_that_was_cut_short_is_no_other_run(class_folder, tmp_path, tiny, monkeypatch):
+    """Killed between checkpoint and log: the next start goes on, or starts over."""
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    real_write = ood_utils.write_file
+
+    def write(path, content):
+        if path.suffix == ".json":
+            raise KeyboardInterrupt
+        real_write(path, content)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ood_utils, "write_file", write)
+        train_quietly(class_folder, tmp_path / "a.pth")
+    assert (tmp_path / "a.pth").exists() and not (tmp_path / "a.json").exists()
+    train_quietly(class_folder, tmp_path / "a.pth", resume=True)
+    train_quietly(class_folder, tmp_path / "whole.pth")
+    assert same_bits(tmp_path / "a.pth", tmp_path / "whole.pth")
+    assert not (tmp_path / "a.1.pth").exists()
 
 
 def test_the_name_has_the_seed():
