@@ -456,7 +456,9 @@ def compare(results):
             base, base_name, seeds = figures, name, list(group["seed"])
             continue
         paired = 1 < len(seeds) == group["seed"].nunique() and seeds == list(group["seed"])
-        title = f"{name} minus {base_name}, {'paired by seed' if paired else 'unpaired'}"
+        how = "paired by seed" if paired else "unpaired"
+        how = how if len(seeds) + len(group) > 2 else "one run each"
+        title = f"{name} minus {base_name}, {how}"
         table[title] = [
             difference_text(*ood_utils.get_difference(base[row], figures[row], paired))
             for row in values

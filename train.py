@@ -553,7 +553,9 @@ def resume(path, log, model, optimizer):
     """With --resume, load the run of this checkpoint into log, model and optimizer."""
     state_path, done = path.with_suffix(".resume.pth"), read_log(path)
     if not log["config"]["resume"]:
-        if not finished_otherwise(path, log) and (path.exists() or state_path.exists()):
+        if finished_otherwise(path, log):
+            print(f"starting: the first save moves the finished run at {path} to a new name")
+        elif path.exists() or state_path.exists():
             print(f"starting over: the first save replaces {path}")
         return
     if state_path.exists():
