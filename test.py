@@ -11,7 +11,7 @@ then tables. Runs that differ in more than their seed are compared. The files ar
 beside each checkpoint or into --output:
     cifar100_resnet18.ood.json    every figure of every set and score, and what they depend on
     cifar100_resnet18.ood.npz     scores and predictions of every image
-    cifar100_resnet18.ood.png     AUROC and accuracy of every run, images and scores of the first
+    cifar100_resnet18.ood.png     AUROC of every run on every set, accuracy by epoch
 Several runs share a .ood.json and a .ood.png, <first>_and_<number of others> or --name.
 Exit status 1 if an OOD set or a checkpoint had to be skipped.
 """
@@ -27,7 +27,6 @@ from typing import Annotated, Literal
 import numpy as np
 import pandas as pd
 import torch
-from torchvision.utils import make_grid
 from tyro.conf import arg
 
 import ood_data
@@ -103,7 +102,7 @@ def evaluate(config=None):
     if len(set(digests)) < len(digests):
         raise InputError("One run is named twice by --compare, or --checkpoint too: pass it once.")
     labels = loaders[CLOSED].labels.cpu().numpy()
-    evaluations, files, failed, pictured = {}, {}, {}, None
+    evaluations, files, failed = {}, {}, {}
     for path, model in networks.items():
         try:
             scores, predictions = score_sets(model, loaders)
@@ -113,7 +112,6 @@ def evaluate(config=None):
         run, rows, sets = measure_run(path, scores, predictions, labels)
         evaluations[path] = settings | {"checkpoints": [run], "rows": rows, "sets": sets}
         files[output_path(config, path, ".ood.npz")] = pack(scores, predictions, labels, loaders)
-        pictured = pictured or scores  # the first run's
     if not evaluations:
         raise InputError("; ".join(failed.values()))
     results = combine([*earlier, *evaluations.values()], len(earlier))
@@ -123,7 +121,7 @@ def evaluate(config=None):
     evaluations[first.with_name(f"{name}.pth")] = results
     for path, evaluation in evaluations.items():
         files[output_path(config, path, ".ood.json")] = json.dumps(evaluation, indent=1).encode()
-    files[output_path(config, path, ".ood.png")] = draw(results, pictured, loaders, first.stem)
+    files[output_path(config, path, ".ood.png")] = draw(results)
     if len(loaders) == 1 and config.ood_types:  # every set was skipped: earlier files are kept
         files = {}
     for file, content in files.items():
@@ -629,17 +627,6 @@ def print_tables(results, verbose=False):
 # Picture --------------------------------------------------------------------------------
 
 
-def to_pixels(images):
-    """Four images of a loader as one picture (70, 70, 3) in [0, 1], noises un-normalised."""
-    images = images[:4].cpu()
-    if images.dtype == torch.uint8:
-        images = images / 255
-    else:
-        mean, std = ood_data.statistics(images.device)
-        images = (images * std + mean).clip(0, 1)
-    return make_grid(images, nrow=2, pad_value=1).permute(1, 2, 0).numpy()
-
-
 def short(name):
     name = name if len(name) <= 25 else f"{name[:24]}…"
     return name.replace("$", r"\$")  # no TeX
@@ -674,47 +661,20 @@ def draw_accuracies(axes, results, colours):
     axes.legend(loc="lower right", frameon=False)
 
 
-def draw_scores(axes, name, closed, ood):
-    """A set's scores over the closed set's in grey, and the threshold of the latter."""
-    everything = np.concatenate([closed, ood])
-    bins = np.linspace(everything.min(), everything.max() + 1e-9, 41)
-    for values, colour in ((ood, "0.5" if name == CLOSED else "C3"), (closed, "0.5")):
-        share = np.full(len(values), 100 / len(values))
-        axes.hist(values, bins, weights=share, color=colour, alpha=0.6)
-    axes.axvline(ood_utils.get_threshold(closed), color="black", lw=1, ls="--")
-    axes.yaxis.set_major_formatter("{x:g}%")
-    axes.set_title(short(name), loc="left", fontsize=8)
-
-
-def draw(results, scores, loaders, first):
-    """PNG bytes: AUROC of every run; images of every set, and its scores with the first run.
-
-    scores: {set: (N, len(SCORES))} of that run, whose name is first.
-    """
+def draw(results):
+    """PNG bytes: the AUROC of every run on every set, and its accuracy by epoch."""
     import matplotlib
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-    score = results["config"]["score"]
-    shown = {name: array[:, list(SCORES).index(score)] for name, array in scores.items()}
-    if score == "msp":  # a third of the closed set's is within 0.01 of 1
-        shown = {name: np.clip(p, 1e-5, 1 - 1e-5) for name, p in shown.items()}
-        shown = {name: np.log(p / (1 - p)) for name, p in shown.items()}
+    groups = dict.fromkeys(run["group"] for run in results["checkpoints"])
+    colours = {group: f"C{number}" for number, group in enumerate(groups)}
+    height = 0.35 * shown_rows(results)["set"].nunique()  # inches
     style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
-        figure = Figure((11, 1.1 * len(scores) + 1), dpi=130, layout="constrained")
-        left, right = figure.subfigures(1, 2)
-        dots, accuracies = left.subplots(2, 1, height_ratios=(2, 1))
-        groups = dict.fromkeys(run["group"] for run in results["checkpoints"])
-        colours = {group: f"C{number}" for number, group in enumerate(groups)}
+        figure = Figure((7.5, height + 2.6), dpi=130, layout="constrained")
+        dots, accuracies = figure.subplots(2, 1, height_ratios=(height + 0.4, 2))
         draw_dots(dots, results, colours)
         draw_accuracies(accuracies, results, colours)
-        panels = right.subplots(len(scores), 2, width_ratios=(1, 4), squeeze=False)
-        for (pixels, axes), name in zip(panels, scores, strict=True):
-            pixels.imshow(to_pixels(loaders[name].images))
-            pixels.axis("off")
-            draw_scores(axes, name, shown[CLOSED], shown[name])
-        what = "log odds of msp" if score == "msp" else score
-        right.suptitle(f"{what}, {short(first)}; grey: closed set, 95% of it right of the line")
         content = io.BytesIO()
         figure.savefig(content, format="png")
     return content.getvalue()

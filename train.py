@@ -439,27 +439,22 @@ def read_log(path):
         return None
 
 
-def outline(node):
-    """A syntax tree as nested lists, the same in every version of Python, without docstrings."""
-    if isinstance(node, list):
-        text = [
-            isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in node
-        ]
-        return [outline(part) for part, is_text in zip(node, text, strict=True) if not is_text]
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = [(name, outline(value)) for name, value in ast.iter_fields(node)]
-    return [type(node).__name__, *[field for field in fields if field[1] not in ("None", [])]]
-
-
 def digest_code():
-    """A digest of this file and ood_data.py without docstrings, and without Config's values."""
+    """A digest of this file and ood_data.py without words, and without Config's values."""
     digest = hashlib.sha256()
     for file in (__file__, ood_data.__file__):
         tree = ast.parse(Path(file).read_text(encoding="utf-8"))
         tree.body = [part for part in tree.body if getattr(part, "name", None) != "Config"]
-        digest.update(repr(outline(tree)).encode())
+        for node in ast.walk(tree):
+            if isinstance(getattr(node, "body", None), list):
+                node.body = [part for part in node.body if not is_docstring(part)]
+        text = ast.unparse(tree).replace('"', "'")  # Python 3.12 quotes f-strings differently
+        digest.update(text.encode())
     return digest.hexdigest()[:8]
+
+
+def is_docstring(node):
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def start_log(config, device, train_loader, test_loader):

@@ -74,9 +74,10 @@ def fit_last_layer(checkpoint):
     model = train.load_network(CHECKPOINT)
     loader = train.get_loader(True, "digits", augment=False)
     features = get_features(model, loader)
-    targets = torch.nn.functional.one_hot(loader.labels).float()
+    targets = torch.nn.functional.one_hot(loader.labels).double()
     last = last_layer(model)
-    last.weight.data = torch.linalg.lstsq(features, targets).solution.T.contiguous() * 10
+    solution = torch.linalg.lstsq(features.double(), targets, driver="gelsd").solution
+    last.weight.data = solution.T.float().contiguous() * 10
     last.bias.data.zero_()
     torch.save(model.state_dict(), checkpoint)
 
@@ -93,12 +94,10 @@ def test_detectors_are_those_of_the_library(in_digits_run, tmp_path, monkeypatch
         row = aurocs[name]
         assert row["auroc"] == pytest.approx(row["auroc_of_test_py"], abs=0.01)
     model = train.load_network("probe.pth")
-    known = normalize(get_features(model, train.get_loader(True, "digits", augment=False)))
+    known = normalize(get_features(model, train.get_loader(True, "digits", augment=False)).double())
     loaders = train.get_loader(False, "digits"), ood_data.build_ood_loader("photos", 72)
-    scores = [
-        -torch.cdist(normalize(get_features(model, loader)), known).kthvalue(50)[0]
-        for loader in loaders
-    ]
+    features = [normalize(get_features(model, loader).double()) for loader in loaders]
+    scores = [-torch.cdist(one, known).kthvalue(50)[0] for one in features]
     expected = 100 * get_performance(*scores)[0]
     assert aurocs["KNN"]["auroc"] == pytest.approx(expected, abs=0.05)
     assert json.loads((tmp_path / "detectors.json").read_text())["rows"] == results["rows"]

@@ -321,13 +321,14 @@ def test_files_of_others_are_never_replaced(class_folder, tmp_path, tiny):
     assert (tmp_path / "b.json").read_text() == '{"lr": 1}'
 
 
-def test_scores_that_are_not_finite_cost_no_other_checkpoint(in_digits_run, tmp_path, command):
+def test_scores_that_are_not_finite_cost_no_other_checkpoint(
+    in_digits_run, tmp_path, command, monkeypatch
+):
     state = torch.load("digits_resnet18.pth", weights_only=True)
-    *_, weight, bias = state
+    *_, bias = state
     torch.save(state | {bias: state[bias] + 0.1}, tmp_path / "good.pth")
-    torch.save(
-        state | {weight: state[weight] * 1e38, bias: state[bias] + 3e38}, tmp_path / "bad.pth"
-    )
+    torch.save(state | {bias: state[bias] + 1e30}, tmp_path / "bad.pth")
+    monkeypatch.setitem(ood_utils.SCORES, "square", lambda logits: logits.float().square().sum(1))
     flags = ["--dataset", "digits", "--ood-types", "blob", "--checkpoint"]
     status, out, err = command("test.py", *flags, tmp_path / "bad.pth", tmp_path / "good.pth")
     assert status == 1 and "bad.pth: scores of closed set are not finite" in err
