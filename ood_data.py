@@ -332,7 +332,7 @@ def check_images(images, name):
 
 
 def is_shown(path):
-    """False for what no user means: a hidden entry, a folder that is named like an image."""
+    """False for hidden entries and for folders that are named like an image."""
     named_like_an_image = path.suffix.lower() in (*IMG_EXTENSIONS, *UNREAD)
     return not path.name.startswith(".") and not (named_like_an_image and path.is_dir())
 
@@ -360,7 +360,7 @@ def to_rgb(image):
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise InputError(f"mode {image.mode} has no known range: save it with 8 or 16 bits")
-    if image.mode.startswith("I;16"):  # convert() alone turns it white
+    if image.mode.startswith("I;16"):  # convert() would turn it white
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -371,7 +371,7 @@ def to_rgb(image):
 def fit(image):
     """uint8 (3, 32, 32) of a PIL image: shorter side to 32, centre crop."""
     width, height = image.size
-    longest = 16 * min(image.size)  # of a strip, the middle: resized as a whole it fills memory
+    longest = 16 * min(image.size)  # of a strip, the middle: a whole one needs gigabytes
     image = TF.center_crop(image, [min(height, longest), min(width, longest)])
     image = TF.resize(to_rgb(image), 32)
     image = TF.center_crop(image, 32)
@@ -408,7 +408,7 @@ def fixed_order(count):
 def fetch(dataset, root, **split):
     """A data set of torchvision, downloaded where missing, or raise InputError.
 
-    The lock makes runs that start at once download one after the other.
+    With the lock, runs that start together download one after the other.
     """
     root = as_path(root, "--data-root")
     lock = contextlib.nullcontext()

@@ -389,7 +389,7 @@ def run_command(entry, config_class, if_interrupted="interrupted"):
     An error that the user can fix ends in one line on stderr and exit status 2, an
     interruption in status 130.
     """
-    if hasattr(sys.stdout, "reconfigure"):  # by lines in a pipe too, and never fatal
+    if hasattr(sys.stdout, "reconfigure"):  # line by line in a pipe, and no fatal character
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     if shutil.get_terminal_size().columns < 40:
         os.environ["COLUMNS"] = "40"  # tyro's help never ends in fewer

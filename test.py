@@ -13,7 +13,7 @@ beside each checkpoint or into --output:
     cifar100_resnet18.ood.npz     scores and predictions of every image
     cifar100_resnet18.ood.png     AUROC of every run on every set, accuracy by epoch
 Several runs share a .ood.json and a .ood.png, <first>_and_<number of others> or --name.
-Exit status 1 if an OOD set or a checkpoint had to be skipped.
+Exit status 1 if an OOD set or a checkpoint was skipped.
 """
 
 import hashlib
@@ -55,13 +55,13 @@ class Config:
     score: Literal[tuple(SCORES)] = "msp"  # what the report and the picture show
     batch_size: int = ood_data.EVAL_BATCH_SIZE  # affects speed and memory only
     seed: int = ood_data.NOISE_SEED  # of the noises
-    device: str | None = None  # by default cuda, mps or cpu, whichever is there first
+    device: str | None = None  # by default the first available of cuda, mps and cpu
     output: str | None = None  # folder to write to, by default that of each checkpoint
     name: str | None = None  # of the files about several runs
     verbose: bool = False  # print the risks, thresholds, FPR95 by score and largest shares too
 
 
-OOD_SHARE = 5  # one OOD image for five test images: the chance level of AUPR depends on it
+OOD_SHARE = 5  # test images per OOD image; AUPR's chance level depends on it
 CLOSED = "closed set"
 SPLIT = "right / wrong"  # correctly classified test images against misclassified ones
 ERROR, MEANS = "error rate", ("mean of noises", "mean of image sets")
@@ -220,7 +220,7 @@ def check_closed_set(path, model, dataset, classes):
         )
     if log and not log["finished"]:
         done, epochs = len(log["epochs"]), log["config"]["epochs"]
-        print(f"note: {path} is of an unfinished run, {done} of {epochs} epochs", file=sys.stderr)
+        print(f"note: {path} is an unfinished run, {done} of {epochs} epochs", file=sys.stderr)
 
 
 def name_sets(ood_types, dataset):
@@ -378,7 +378,7 @@ def pack(scores, predictions, labels, loaders):
 
 
 def combine(evaluations, earlier):
-    """All evaluations as one, with the group of every run and row; the first are `earlier` ones.
+    """Join evaluations, the first of them `earlier` ones, and name the group of every run and row.
 
     A group is a setting: its runs differ in their seed only. Earlier evaluations and
     checkpoints have groups of their own, and so has a run without a log.
@@ -481,7 +481,7 @@ def shown_rows(results):
 
 
 def published_of(results):
-    """The published figures, where all runs are of that recipe, split and score."""
+    """The published figures if all runs have that recipe, split and score, else {}."""
     config = results["config"]
     shown = config["score"] == "msp" and config.get("split", "test") == "test"
     for run in results["checkpoints"]:
@@ -544,7 +544,7 @@ def print_comparison(results):
         seeds = json.loads(SEEDS.read_text()) | {"config": results["config"]}
         values = set_values(shown_rows(seeds), "auroc")
         values[ERROR] = [run["error_rate"] for run in seeds["checkpoints"]]
-        table["seeds alone move it by (5 shipped runs)"] = [
+        table["range over seeds (5 shipped runs)"] = [
             f"{np.ptp(values[row]):.2f}" if row in values else "" for row in table.index
         ]
     print()
@@ -561,7 +561,7 @@ def print_comparison(results):
         )
         print("what other training seeds would give on these images, not on other images.")
     else:
-        print("One run each, so no interval: seeds alone move these rows, noises most.")
+        print("One run each, so no interval: another seed moves these rows, too, noises most.")
 
 
 def print_performance(results, group):

@@ -5,8 +5,8 @@
     python train.py --resume                       # continue after an interruption
 
 Prints a line per epoch and writes, by default for CIFAR-100 and in the working directory,
-    cifar100_resnet18.pth          a plain state dict, which torchvision's resnet18 loads
-                                   (by default; --stem cifar has another first layer)
+    cifar100_resnet18.pth          a plain state dict; unless --stem is cifar, torchvision's
+                                   resnet18 loads it
     cifar100_resnet18.json         the log: settings, classes, versions, figures of every epoch
     cifar100_resnet18.resume.pth   the state of an unfinished run
 """
@@ -59,12 +59,12 @@ class Config:
     gamma: float = 0.1  # steps: its factor at a milestone
     stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 stride 1
     seed: int = 0  # of weights, order and augmentation
-    device: str | None = None  # by default cuda, mps or cpu, whichever is there first
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # bfloat16 where it is native
+    device: str | None = None  # by default the first available of cuda, mps and cpu
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 if native
     resume: bool = False  # continue the unfinished run of this checkpoint
 
 
-SAVE_SECONDS = 10  # at least, between saves: an epoch of a small set is shorter than a save
+SAVE_SECONDS = 10  # at least, between saves: on a small set a save takes longer than an epoch
 
 
 # Data -----------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def load_network(path):
     """Return the network of a checkpoint, in eval mode on the CPU, or raise InputError.
 
     Stem and number of classes come from the log, or without one from the weights. Wrappers
-    of other tools are taken off: a "state_dict" entry, a "module." before each name.
+    of other tools are removed: a "state_dict" entry, a "module." before each name.
     """
     path = checkpoint_path(path)
     state, log = load_file(path), read_log(path)
@@ -173,7 +173,7 @@ def load_network(path):
 
 
 def check_fit(path, state, expected):
-    """Raise InputError unless a state dict has the expected tensors, and sound ones."""
+    """Raise InputError unless a state dict has the expected tensors with finite values."""
 
     def kind(tensors, name):
         return name in tensors and (tensors[name].shape, tensors[name].is_floating_point())
@@ -290,13 +290,13 @@ def train_model(config=None):
 
 
 # Small convolutions: the same outputs and gradients from less arithmetic ----------------
-# 32x32 images reach resnet18's last blocks as maps of 2x2 and 1x1. There each output of a 3x3
-# convolution sees the whole map: it is one matrix product. Kernel weights that only ever meet
-# padding change no output and get no gradient: they are left out.
+# 32x32 images reach resnet18's last blocks as maps of 2x2 and 1x1. On these a 3x3 convolution is
+# one matrix product. Kernel weights that only ever see padding change no output and get no
+# gradient: the network does not have them, and its state dict has zeros.
 
 
 class SmallMapConv(nn.Module):
-    """A 3x3 convolution, with padding 1, of maps of 2x2 or 1x1; its state dict is the full one.
+    """A 3x3 convolution, with padding 1, of maps of 2x2 or 1x1; its state dict has 3x3 kernels.
 
     live: a slice, the rows and columns of the kernel that are kept.
     """
@@ -329,7 +329,7 @@ class SmallMapConv(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
 
 
-LIVE = {  # (map, stride): the rows, and columns, of the kernel that ever meet a pixel
+LIVE = {  # (map, stride): the rows, and columns, of the kernel that see a pixel
     (2, 2, 1, 1): slice(0, 3),
     (2, 2, 2, 2): slice(1, 3),
     (1, 1, 1, 1): slice(1, 2),
@@ -389,7 +389,10 @@ def check_batches(loader):
 
 
 def pick_precision(precision, device):
-    """The precision; for "auto", bfloat16 where the device has it natively, else float32."""
+    """The precision; for "auto", bfloat16 where the device has it natively, else float32.
+
+    On CUDA, float32 training has PyTorch's default, TF32 convolutions.
+    """
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -489,7 +492,7 @@ def differences(old, new):
 
 
 def in_words(changed):
-    """differences as text: "lr 0.1 -> 0.05"; of classes, those that only one side has."""
+    """differences as text, "lr 0.1 -> 0.05"; for classes, those that only one side has."""
     changed = dict(changed)
     if "classes" in changed:
         old, new = changed["classes"]
@@ -498,7 +501,7 @@ def in_words(changed):
 
 
 def save(path, log, model, optimizer):
-    """Write what --resume needs, until the last epoch, then checkpoint and log; each file whole."""
+    """Write the state for --resume, until the last epoch, then checkpoint and log."""
     keep_other_run(path, log)
     unfinished = len(log["epochs"]) < log["config"]["epochs"]
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
@@ -514,7 +517,7 @@ def save(path, log, model, optimizer):
 
 
 def keep_other_run(path, log):
-    """Move the files of a finished run that was trained otherwise to the next free name.
+    """Move the files of a finished run of other settings, data or code to the next free name.
 
     The log moves last: after a kill the next run finds it and moves the rest to the same name.
     """
@@ -572,8 +575,8 @@ def resume(path, log, model, optimizer):
         raise InputError(f"{path} is not a run of this network: {str(error)[:200]}") from error
     if changed:
         raise InputError(
-            f"{path} was trained otherwise: {in_words(changed)}. Pass another --checkpoint, or "
-            "start over without --resume."
+            f"{path} has other settings or data: {in_words(changed)}. Pass another --checkpoint, "
+            "or start over without --resume."
         )
     print(f"resuming after epoch {len(log['epochs'])} of {log['config']['epochs']}")
     if code.split("+")[-1] != log["code"]:

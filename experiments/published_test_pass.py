@@ -25,7 +25,7 @@ import test as evaluation
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 BATCH_SIZE = 128
-ORDERS = 3  # of the test images: as they lie in the data set, and shuffled ones
+ORDERS = 3  # of the test images: that of the data set, and shuffled ones
 BEFORE = "none"
 METRICS = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}
 

@@ -108,7 +108,7 @@ def test_the_files_are_there_before_the_report(in_digits_run, tmp_path):
 
 
 def test_tables_show_their_own_figures_and_the_published_run(capsys):
-    """Every metric has a figure of its own, so that a cell says where it comes from."""
+    """Every metric has a figure of its own, which says where a cell comes from."""
     config = {"dataset": "cifar100", "score": "msp", "ood_types": ["gaussian", "svhn", "photos"]}
     results = {"config": config, "skipped": {"blob": "no blob"}}
     recipe = evaluation.PUBLISHED_RECIPE
@@ -153,9 +153,7 @@ def test_the_report_follows_the_score(in_digits_run, command):
     assert "\n| gen " in out
 
 
-def test_sets_that_cannot_be_had_are_skipped_and_files_kept(
-    in_digits_run, command, tmp_path, no_network
-):
+def test_unavailable_sets_are_skipped_and_files_kept(in_digits_run, command, tmp_path, no_network):
     flags = ["--dataset", "digits", "--data-root", tmp_path, "--ood-types", "svhn"]
     status, out, _ = command("test.py", *flags, "gaussian")
     lines = out.splitlines()
@@ -216,7 +214,7 @@ def test_an_unfinished_run_is_named_as_such(cut_run, command, tmp_path):
     folder, checkpoint, _ = cut_run
     flags = ["--checkpoint", checkpoint, "--ood-types", "gaussian", "--output", tmp_path]
     status, _, err = command("test.py", *flags)
-    assert status == 0 and "is of an unfinished run, 1 of 4 epochs" in err
+    assert status == 0 and "is an unfinished run, 1 of 4 epochs" in err
 
 
 @pytest.mark.parametrize("sets,checkpoints", [(1, 1), (6, 3)])

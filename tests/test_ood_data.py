@@ -200,7 +200,7 @@ def test_build_ood_loader_refuses(arguments, message):
 @pytest.mark.parametrize("name,dataset", [
     ("svhn", "SVHN"), ("cifar10", "CIFAR10"), ("mnist", "MNIST"), ("textures", "DTD")
 ])  # fmt: skip
-def test_a_set_that_cannot_be_had_says_so(name, dataset, tmp_path, no_network):
+def test_an_unavailable_set_says_so(name, dataset, tmp_path, no_network):
     """Also the second time: a failed download leaves empty folders."""
     for _ in range(2):
         with pytest.raises(InputError) as error:

@@ -257,7 +257,7 @@ def test_a_failing_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_gpu_without_kernels_is_found_by_launching_one(monkeypatch):
-    """Memory can be had on it, but nothing can be computed: "meta" is such a device."""
+    """It has memory, but computes nothing, like the device "meta"."""
     real_ones = torch.ones
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **options: gpu)
