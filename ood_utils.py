@@ -11,11 +11,13 @@ fractions; what is printed is percent.
 import contextlib
 import errno
 import io
+import json
 import os
 import platform
 import shutil
 import sys
 import traceback
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -92,7 +94,7 @@ def get_logits(model, dataloader):
     them. Images: uint8, which is normalised, or float32 normalised with this repository's
     MEAN and STD. Labels: class numbers or one-hot; -1 where there are none. The network runs
     in eval mode and in full float32; afterwards every layer has its own mode back. Raises
-    InputError, a ValueError, without a batch, or for float images that all are within [0, 1].
+    InputError, a ValueError, without a batch, or for float images that are not normalised.
     """
     from ood_data import ImageLoader, to_input  # which imports this file
 
@@ -101,8 +103,7 @@ def get_logits(model, dataloader):
     with eval_mode(model), full_float32(parameter.device):
         for batch in tqdm(dataloader, "scoring", delay=1, leave=False, disable=None):
             images, targets = split_batch(batch)
-            normalised |= images.dtype == torch.uint8 or images.ndim != 4
-            normalised = normalised or bool(images.amin() < 0 or images.amax() > 1)
+            normalised = normalised or looks_normalised(images)
             images = to_input(images.to(parameter.device)).to(parameter.dtype)
             logits.append(model(images).float().cpu())
             labels.append(targets)
@@ -110,24 +111,29 @@ def get_logits(model, dataloader):
         raise InputError("The data loader yields no batch.")
     if not normalised:
         raise InputError(
-            "The images are floats within [0, 1], so not normalised: pass uint8 images, or "
-            "normalise them with MEAN and STD of ood_data.py."
+            "The images are floats within [0, 1] or [0, 255], so not normalised: pass uint8 "
+            "images, or normalise them with MEAN and STD of ood_data.py."
         )
     return torch.cat(logits), torch.cat(labels)
 
 
+def looks_normalised(images):
+    """False for float images in [0, 1] or [0, 255]; normalised pixels are within -2.5 and 3."""
+    if images.dtype == torch.uint8 or images.ndim != 4:
+        return True
+    return bool(images.amin() < 0 or 1 < images.amax() < 3)
+
+
 def split_batch(batch):
     """Return images and labels int64 (N,), on the CPU, of a batch in one of the usual forms."""
-    labels = None
-    if isinstance(batch, dict):
-        keys = [name for name in ("image", "images", "pixel_values") if name in batch]
-        labels = batch.get("label", batch.get("labels"))
-        batch = [batch[keys[0]]] if keys else []
+    if isinstance(batch, Mapping):
+        images = [batch[key] for key in ("image", "images", "img", "pixel_values") if key in batch]
+        labels = [batch[key] for key in ("label", "labels", "fine_label") if key in batch]
+        batch = [*images[:1], *labels[:1]] if images else []
     if isinstance(batch, (list, tuple)):
-        images, *rest = batch or [None]
-        labels = rest[0] if rest else labels
+        images, labels, *_ = [*batch, None, None]
     else:
-        images = batch
+        images, labels = batch, None
     if not torch.is_tensor(images):
         raise InputError("A batch must be (images, labels), images, or a dict with both.")
     if labels is None:
@@ -307,7 +313,25 @@ def get_difference(base, other, paired):
     return difference, low, high
 
 
-# Files, device and command line ---------------------------------------------------------
+# Settings, files, device and command line -----------------------------------------------
+
+
+def check_numbers(config, positive, others):
+    """Raise InputError for a setting that is not at least 0, or positive, and below 2^31."""
+    for name in (*positive, *others):
+        value = getattr(config, name)
+        too_low = value is None or value < 0 or (value == 0 and name in positive)
+        if too_low or not value < 2**31:  # nor NaN
+            raise InputError(f"--{name.replace('_', '-')} {value} is out of range.")
+
+
+def as_plain(settings):
+    """Settings as JSON has them: paths become text, numbers of NumPy become numbers."""
+
+    def convert(value):
+        return value.tolist() if hasattr(value, "tolist") else str(value)
+
+    return json.loads(json.dumps(settings, default=convert))
 
 
 def place_of(error):
@@ -389,6 +413,9 @@ def run_command(entry, config_class, if_interrupted="interrupted"):
     An error that the user can fix ends in one line on stderr and exit status 2, an
     interruption in status 130.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: python train.py >&-
+            setattr(sys, name, io.StringIO())
     if hasattr(sys.stdout, "reconfigure"):  # line by line in a pipe, and no fatal character
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     if shutil.get_terminal_size().columns < 40:

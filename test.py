@@ -94,7 +94,7 @@ def evaluate(config=None):
 
     config: a Config, by default the published evaluation. Raises InputError or OSError.
     """
-    config = config or Config()
+    config = Config(**ood_utils.as_plain(asdict(config or Config())))
     settings, networks, loaders = load(config)
     earlier = [read_evaluation(file, settings, loaders) for file in as_tuple(config.compare)]
     digests = [run["sha256"] for evaluation in earlier for run in evaluation["checkpoints"]]
@@ -144,8 +144,7 @@ def load(config):
     Returns the start of the JSON, {path: network}, and {name: loader} with the closed set
     first. Raises InputError or OSError; an unavailable OOD set is listed under "skipped".
     """
-    if not 0 < config.batch_size < 2**31 or not 0 <= config.seed < 2**31:
-        raise InputError("--batch-size must be at least 1, --seed at least 0, both below 2^31.")
+    ood_utils.check_numbers(config, ("batch_size",), ("seed",))
     if config.score not in SCORES:
         raise InputError(f"Unknown score {config.score!r}: use {', '.join(SCORES)}.")
     if config.name and Path(config.name).name != config.name:
@@ -231,11 +230,15 @@ def name_sets(ood_types, dataset):
         ood_data.check_ood_name(ood_type, dataset)
         path = ood_utils.as_path(ood_type, "OOD type").resolve()
         name = ood_type if ood_type in known else path.name
-        name = "".join(letter if letter.isprintable() else "?" for letter in name)
+        name = printable(name)
         if name in (*sets, CLOSED, ERROR, *MEANS) or (name in known and name != ood_type):
             raise InputError(f"Two sets would be named {name!r}: rename the folder {ood_type}.")
         sets[name] = ood_type
     return sets
+
+
+def printable(name):
+    return "".join(letter if letter.isprintable() else "?" for letter in str(name))
 
 
 def build_loaders(config, sets, test_loader, device):
@@ -525,7 +528,7 @@ def spread(values):
 
 
 def as_cell(name):
-    return str(name).replace("|", "\\|")
+    return printable(name).replace("|", "\\|")
 
 
 def print_table(table, title):
@@ -627,9 +630,9 @@ def print_tables(results, verbose=False):
 # Picture --------------------------------------------------------------------------------
 
 
-def short(name):
-    name = name if len(name) <= 25 else f"{name[:24]}…"
-    return name.replace("$", r"\$")  # no TeX
+def short(name, longest=25):
+    name = name if len(name) <= longest else f"{name[: longest - 1]}…"
+    return printable(name).replace("$", r"\$")  # no TeX
 
 
 def draw_dots(axes, results, colours):
@@ -657,7 +660,7 @@ def draw_accuracies(axes, results, colours):
     axes.set_xlabel("epoch")
     axes.set_ylabel("accuracy, %")
     for group, colour in colours.items():
-        axes.plot([], [], "o", color=colour, label=short(group))
+        axes.plot([], [], "o", color=colour, label=f" {short(group, 60)}")  # no "_" first
     axes.legend(loc="lower right", frameon=False)
 
 

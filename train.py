@@ -163,9 +163,10 @@ def load_network(path):
     else:
         if path.with_suffix(".json").exists():
             print(f"note: {path.with_suffix('.json')} is no log of train.py", file=sys.stderr)
-        *_, bias = state.values()  # of the last layer
-        num_classes, conv = bias.shape[0] if bias.ndim else 1, state.get("conv1.weight")
-        stem = "cifar" if conv is not None and conv.shape[-1] == 3 else "imagenet"
+        first = state.get("conv1.weight")
+        stem = "cifar" if first is not None and first.shape[-1] == 3 else "imagenet"
+        *_, bias = build_network(1, stem).state_dict()
+        num_classes = state[bias].numel() if bias in state else 1
     model = build_network(num_classes, stem).float()
     check_fit(path, state, model.state_dict())
     model.load_state_dict(state)
@@ -244,7 +245,7 @@ def train_model(config=None):
     config: a Config, by default the published recipe. Returns the network in eval mode.
     Raises InputError, OSError, or FloatingPointError for a loss that is not finite.
     """
-    config = config or Config()
+    config = Config(**ood_utils.as_plain(asdict(config or Config())))
     check_settings(config)
     path = checkpoint_path(config.checkpoint, config.dataset, config.seed)
     device = ood_utils.pick_device(config.device)
@@ -368,11 +369,7 @@ def shorten_small_maps(model):
 def check_settings(config):
     """Raise InputError for a number out of its range."""
     positive = ("epochs", "batch_size", "lr", "gamma")
-    for name in (*positive, "momentum", "weight_decay", "seed", "validation"):
-        value = getattr(config, name)
-        too_low = value is None or value < 0 or (value == 0 and name in positive)
-        if too_low or not value < 2**31:  # nor NaN
-            raise InputError(f"--{name.replace('_', '-')} {value} is out of range.")
+    ood_utils.check_numbers(config, positive, ("momentum", "weight_decay", "seed", "validation"))
     if not 0 <= config.label_smoothing <= 1:
         raise InputError("--label-smoothing must lie between 0 and 1.")
     if not all(0 < milestone <= 1 for milestone in config.milestones):
@@ -462,7 +459,7 @@ def is_docstring(node):
 
 def start_log(config, device, train_loader, test_loader):
     """Return the log of a run that has no epoch yet, and print what it runs on."""
-    settings = asdict(config) | {"milestones": list(config.milestones)}
+    settings = asdict(config)
     if config.dataset not in ood_data.CLOSED_SETS:
         settings["dataset"] = str(ood_utils.as_path(config.dataset, "--dataset").resolve())
     settings |= {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}

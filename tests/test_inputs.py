@@ -1,10 +1,12 @@
 """Inputs as users' machines have them: the right value, or one line that names the cause."""
 
+import dataclasses
 import errno
 import io
 import json
 import os
 import sys
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -43,6 +45,8 @@ def batches_in_many_forms():
     yield "double images", (images.double(), LABELS), True
     yield "datasets", {"image": images, "label": LABELS}, True
     yield "transformers", {"pixel_values": images, "labels": LABELS}, True
+    yield "datasets' CIFAR", UserDict(img=IMAGES, fine_label=LABELS), True
+    yield "with an index", (images, LABELS, LABELS + 7), True
     yield "one-tuple", (images,), False
     yield "bare", images, False
 
@@ -62,8 +66,10 @@ def test_batches_come_in_many_forms(form, batch, labelled, network):
 
 def test_images_that_are_not_normalised_are_refused(network):
     unit = IMAGES / 255
-    with pytest.raises(InputError, match=r"within \[0, 1\], so not normalised: pass uint8"):
-        get_logits(network, [(unit, LABELS)])
+    for images in (unit, IMAGES.float()):
+        with pytest.raises(InputError, match=r"within \[0, 1\] .*, so not normalised: pass uint8"):
+            get_logits(network, [(images, LABELS)])
+    get_logits(network, [(normalise(torch.full_like(IMAGES, 255)), LABELS)])
     get_logits(network, [(normalise(IMAGES), LABELS), (unit, LABELS)])  # some batch is
     loader = ood_data.ImageLoader(unit, LABELS)  # a noise may lie anywhere
     assert len(get_logits(network, loader)[0]) == 6
@@ -241,6 +247,16 @@ def test_names_are_shown_as_they_are(in_digits_run, tmp_path, command):
         assert text in out, text
 
 
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_closed_streams_end_nothing(closed, class_folder, tmp_path, monkeypatch, tiny):
+    """python train.py >&-, or 2>&-"""
+    flags = ["--dataset", class_folder, "--checkpoint", tmp_path / "a.pth", "--epochs", 1]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--batch-size", "8"])
+    monkeypatch.setattr(sys, closed, None)
+    ood_utils.run_command(train.train_model, train.Config)
+    assert (tmp_path / "a.pth").exists()
+
+
 def test_an_output_that_is_not_utf8_ends_nothing(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "argv", ["x"])
@@ -269,6 +285,13 @@ def test_wrapped_state_dicts_are_unwrapped(wrap, in_digits_run, tmp_path, capsys
     expected = train.load_network("digits_resnet18.pth").state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert "m.json is no log of train.py" in capsys.readouterr().err
+
+
+def test_the_order_of_a_state_dict_does_not_matter(in_digits_run, tmp_path):
+    state = torch.load("digits_resnet18.pth", weights_only=True)
+    torch.save(dict(sorted(state.items())), tmp_path / "m.pth")
+    model = train.load_network(tmp_path / "m.pth")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_what_does_not_fit_is_told_by_three_names(in_digits_run, tmp_path):
@@ -370,6 +393,9 @@ def test_numbers_out_of_range_are_named(option):
     (name,) = option
     with pytest.raises(InputError, match=f"--{name.replace('_', '-')} .* is out of range"):
         train.check_settings(train.Config(**option))
+    if hasattr(evaluation.Config, name):
+        with pytest.raises(InputError, match="is out of range"):
+            evaluation.evaluate(evaluation.Config(**option))
 
 
 def test_one_milestone_at_the_end_is_allowed():
@@ -384,6 +410,18 @@ def test_settings_from_python_may_be_one_name(in_digits_run):
     assert os.path.exists("new/folder/digits_resnet18.ood.json")
     with pytest.raises(InputError, match="Unknown score 'maxlogit': use .*max_logit"):
         evaluation.evaluate(evaluation.Config(checkpoint="digits_resnet18.pth", score="maxlogit"))
+
+
+def test_settings_from_python_may_be_paths_and_numbers_of_numpy(class_folder, tmp_path, tiny):
+    path, folder = tmp_path / "a.pth", tmp_path / "images"
+    config = train.Config(class_folder, tmp_path, checkpoint=path, epochs=1, batch_size=8)
+    train.train_model(dataclasses.replace(config, seed=np.int64(3), lr=np.float32(0.5)))
+    assert {"seed": 3, "lr": 0.5}.items() <= train.read_log(path)["config"].items()
+    write_images(folder, 2)
+    options = {"checkpoint": path, "ood_types": folder, "output": tmp_path / "new"}
+    evaluation.evaluate(evaluation.Config(**options, seed=np.int64(3)))
+    results = json.loads((tmp_path / "new/a.ood.json").read_text())
+    assert results["config"]["seed"] == results["checkpoints"][0]["training"]["seed"] == 3
 
 
 def test_the_same_folder_with_a_slash_is_resumed(cut_run):
