@@ -671,11 +671,11 @@ def draw(results):
 
     groups = dict.fromkeys(run["group"] for run in results["checkpoints"])
     colours = {group: f"C{number}" for number, group in enumerate(groups)}
-    height = 0.35 * shown_rows(results)["set"].nunique()  # inches
+    height = 0.3 * shown_rows(results)["set"].nunique()  # inches
     style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
-        figure = Figure((7.5, height + 2.6), dpi=130, layout="constrained")
-        dots, accuracies = figure.subplots(2, 1, height_ratios=(height + 0.4, 2))
+        figure = Figure((7.5, height + 2.2), dpi=130, layout="constrained")
+        dots, accuracies = figure.subplots(2, 1, height_ratios=(height + 0.4, 1.6))
         draw_dots(dots, results, colours)
         draw_accuracies(accuracies, results, colours)
         content = io.BytesIO()
