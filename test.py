@@ -41,7 +41,7 @@ CLOSED_SET_HELP = f"{ood_data.CLOSED_SET_NAMES}; by default what the checkpoint'
 class Config:
     """The published evaluation. Edit a value here, or pass it as a flag."""
 
-    checkpoint: tuple[str, ...] = ()  # of one run, or of several; by default train.py's
+    checkpoint: tuple[str, ...] = ()  # of one run or several; by default train.py's
     compare: tuple[str, ...] = ()  # .ood.json files of earlier evaluations, to compare with
     dataset: Annotated[str | None, arg(help=CLOSED_SET_HELP)] = None
     data_root: str = train.Config.data_root  # where torchvision's data sets are
@@ -426,6 +426,8 @@ def name_groups(groups):
         files = [group["runs"][0]["path"].split(": ")[0] for group in groups]
         stems = [Path(file).name.removesuffix(".ood.json").removesuffix(".pth") for file in files]
         names = [f"{name} {stem}".strip() for name, stem in zip(names, stems, strict=True)]
+    if len(set(names)) < len(names):
+        names = [group["runs"][0]["path"] for group in groups]
     return names
 
 
@@ -516,6 +518,10 @@ def print_report(results, count):
                 print(ood_utils.performance_line(row.auroc, row.aupr, row.fpr95))
 
 
+def code_of(run):
+    return run.get("training", {"settings": {}})["settings"].get("code", "unknown")
+
+
 def spread(values):
     """Mean +- sample standard deviation (ddof 1) over checkpoints; of one, its value."""
     values = np.asarray(values, dtype=float)
@@ -552,17 +558,16 @@ def print_comparison(results):
         ]
     print()
     print_table(table, f"error rate and AUROC, {results['config']['score']}")
-    settings = [run["training"]["settings"] for run in results["checkpoints"] if "training" in run]
-    codes = list(dict.fromkeys(known["code"] for known in settings if "code" in known))
+    codes = list(dict.fromkeys(code_of(run) for run in results["checkpoints"]))
     if len(codes) > 1:
-        print(f"The code differs, too: {', '.join(codes)}.")
+        print(f"The code differs, or may differ, too: {', '.join(codes)}.")
     if left_out:
         print(f"Left out, not in every evaluation: {', '.join(left_out)}.")
     if count:
         print(
-            f"{count} intervals at 95%; * excludes 0, as 1 of 20 does by chance. An interval says"
+            f"{count} intervals at 95%, each for the mean difference over training seeds on these"
         )
-        print("what other training seeds would give on these images, not on other images.")
+        print("images, not on others; * excludes 0, as 1 of 20 does by chance.")
     else:
         print("One run each, so no interval: another seed moves these rows, too, noises most.")
 
@@ -615,11 +620,14 @@ def print_tables(results, verbose=False):
     if len(groups) > 1:
         print_comparison(results)
     for group in groups:
-        errors = [run["error_rate"] for run in results["checkpoints"] if run["group"] == group]
+        runs = [run for run in results["checkpoints"] if run["group"] == group]
+        errors = [run["error_rate"] for run in runs]
         of_runs = f" of {len(errors)} runs, mean +- standard deviation" if len(errors) > 1 else ""
         published = f" (published {PUBLISHED_ERROR_RATE:.2f})" if published_of(results) else ""
         split = f"{results['config'].get('split', 'test')} images"
         print(f"\n{group}: {split}, in percent{of_runs}; error rate {spread(errors)}{published}\n")
+        if len({code_of(run) for run in runs}) > 1:
+            print("The code of some of these runs is unknown: they may differ in it, too.\n")
         print_performance(results, group)
         if len(results["config"]["ood_types"]) > len(results["skipped"]):
             print_scores(results, group, "auroc")
@@ -636,7 +644,7 @@ def short(name, longest=25):
 
 
 def draw_dots(axes, results, colours):
-    """A line for each set, below it a dot for each run, a group under the other; grey: chance."""
+    """For each set a line of dots per group, below each other; grey: chance."""
     published, rows = published_of(results), shown_rows(results)
     names = list(rows["set"].unique())
     axes.axvline(50, color="0.8")
@@ -649,7 +657,7 @@ def draw_dots(axes, results, colours):
             axes.plot(published[name][0], y, "x", color="black", markersize=8)
     axes.set_yticks(range(len(names)), [short(name) for name in names])
     axes.invert_yaxis()
-    axes.set_xlabel("AUROC: a dot for each run" + (", x published" if published else ""))
+    axes.set_xlabel("AUROC of each run; grey: chance" + ("; x: published" if published else ""))
 
 
 def draw_accuracies(axes, results, colours):

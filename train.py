@@ -6,7 +6,7 @@
 
 Prints a line per epoch and writes, by default for CIFAR-100 and in the working directory,
     cifar100_resnet18.pth          a plain state dict; unless --stem is cifar, torchvision's
-                                   resnet18 loads it
+                                   resnet18 loads it, for 32x32 images
     cifar100_resnet18.json         the log: settings, classes, versions, figures of every epoch
     cifar100_resnet18.resume.pth   the state of an unfinished run
 """
@@ -53,7 +53,7 @@ class Config:
     lr: float = 0.1  # initial learning rate
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    label_smoothing: float = 0.0  # probability that the target spreads over all classes
+    label_smoothing: float = 0.0  # share of the target spread over all classes
     schedule: Literal["steps", "cosine"] = "steps"  # how the learning rate falls
     milestones: tuple[float, ...] = (0.5, 0.75)  # steps: fractions of the run at which it drops
     gamma: float = 0.1  # steps: its factor at a milestone
@@ -184,7 +184,8 @@ def check_fit(path, state, expected):
     if odd:
         raise InputError(
             f"{path} does not fit build_network: {len(odd)} weights are missing, unknown or of "
-            f"another shape or type, such as {', '.join(odd[:3])}."
+            f"another shape or type, such as {', '.join(odd[:3])}. If you edited build_network "
+            "since, --compare an .ood.json from before."
         )
     for name, value in state.items():
         if not value.isfinite().all() or ("running_var" in name and value.min() < 0):
@@ -493,7 +494,8 @@ def in_words(changed):
     changed = dict(changed)
     if "classes" in changed:
         old, new = changed["classes"]
-        changed["classes"] = sorted(set(old) - set(new)), sorted(set(new) - set(old))
+        only = sorted(set(old) - set(new)), sorted(set(new) - set(old))
+        changed["classes"] = only if any(only) else (old[:3], new[:3])  # in another order
     return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
 
 
@@ -587,11 +589,11 @@ def only_run_of(path):
     try:
         with ood_utils.lock(path.with_name(f".{path.stem}.lock"), wait=False):
             twin = path.with_suffix(".pt" if path.suffix == ".pth" else ".pth")
-            foreign = path.with_suffix(".json").exists() and not read_log(path)
-            if twin.exists() or foreign:
-                raise InputError(
-                    f"{path} would share files with {twin} or another program's .json."
-                )
+            others = [twin] if twin.exists() else []
+            if path.with_suffix(".json").exists() and not read_log(path):
+                others.append(path.with_suffix(".json"))
+            if others:
+                raise InputError(f"{path} would share files with {others[0]}: pass another name.")
             yield
     except filelock.Timeout as error:
         raise InputError(f"Another run is writing {path}: pass another --checkpoint.") from error

@@ -94,6 +94,19 @@ def test_other_seeds_are_compared_by_students_interval(count):
     assert list(cells) == list(map(cell_of, b.mean(0) - a.mean(0), half_width))
 
 
+def test_a_run_of_unknown_code_is_not_averaged_in_silence(capsys):
+    runs = [make_evaluation("a.pth", 0, draw_figures(1)[0], lr=0.1)]
+    runs.append(make_evaluation("b.pth", 1, draw_figures(1)[0], lr=0.1, code="edited"))
+    evaluation.print_comparison(evaluation.combine(runs, 1))
+    assert "may differ, too: unknown, edited." in capsys.readouterr().out
+    results = evaluation.combine(runs, 0)
+    assert len({run["group"] for run in results["checkpoints"]}) == 1
+    for row in (*results["rows"], *results["sets"]):
+        row |= dict.fromkeys((*evaluation.METRICS, "effective_classes"), 50.0)
+    evaluation.print_tables(results)
+    assert "The code of some of these runs is unknown" in capsys.readouterr().out
+
+
 def test_one_run_against_one_has_no_interval(capsys):
     figures = draw_figures(2)
     pair = [make_evaluation(f"{i}.pth", 0, figures[i], lr=0.1 + i) for i in range(2)]
@@ -133,6 +146,9 @@ def test_groups_are_named_by_what_differs():
     pair = [make_evaluation("a.pth", 0, draw_figures(1)[0], lr=0.1), unfinished]
     groups = [run["group"] for run in evaluation.combine(pair, 0)["checkpoints"]]
     assert groups == ["epochs_done 3", "epochs_done 2"]
+    same_file_names = [make_evaluation(f"{d}/m.pth", 0, draw_figures(1)[0]) for d in "ab"]
+    groups = [run["group"] for run in evaluation.combine(same_file_names, 0)["checkpoints"]]
+    assert groups == ["a/m.pth", "b/m.pth"]
     # Earlier evaluations have groups of their own.
     assert names_of({"lr": 0.1}, {"lr": 0.1}, {"lr": 0.1, "code": "a"}, earlier=2) == [
         "0",
