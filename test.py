@@ -415,20 +415,20 @@ def combine(evaluations, earlier):
 
 
 def name_groups(groups):
-    """The settings in which groups differ, else their code, else the names of their files."""
+    """The settings in which groups differ, their code and data where needed, else their files."""
     first, *others = [group["known"] for group in groups]
     common = [key for key in first if all(key in other for other in others)]
     differ = [key for key in common if any(other[key] != first[key] for other in others)]
     implied = (*train.DATA, "epochs_done", "code")  # by a setting, as a rule
-    differ = [key for key in differ if key not in implied] or differ
-    names = [", ".join(f"{key} {group['known'][key]}" for key in differ) for group in groups]
-    if len(set(names)) < len(names) or not differ:
-        files = [group["runs"][0]["path"].split(": ")[0] for group in groups]
-        stems = [Path(file).name.removesuffix(".ood.json").removesuffix(".pth") for file in files]
-        names = [f"{name} {stem}".strip() for name, stem in zip(names, stems, strict=True)]
-    if len(set(names)) < len(names):
-        names = [group["runs"][0]["path"] for group in groups]
-    return names
+    for keys in ([key for key in differ if key not in implied], differ):
+        names = [", ".join(f"{key} {group['known'][key]}" for key in keys) for group in groups]
+        if all(names) and len(set(names)) == len(names):
+            return names
+    paths = [group["runs"][0]["path"] for group in groups]
+    files = [path.split(": ")[0] for path in paths]  # an earlier evaluation's, or the checkpoint
+    stems = [Path(file).name.removesuffix(".ood.json").removesuffix(".pth") for file in files]
+    names = [f"{name} {stem}".strip() for name, stem in zip(names, stems, strict=True)]
+    return names if len(set(names)) == len(names) else paths
 
 
 def set_values(rows, metric):

@@ -146,6 +146,9 @@ def test_groups_are_named_by_what_differs():
     pair = [make_evaluation("a.pth", 0, draw_figures(1)[0], lr=0.1), unfinished]
     groups = [run["group"] for run in evaluation.combine(pair, 0)["checkpoints"]]
     assert groups == ["epochs_done 3", "epochs_done 2"]
+    lr = make_evaluation("c.pth", 2, draw_figures(1)[0], lr=0.2)
+    groups = [run["group"] for run in evaluation.combine([*pair, lr], 0)["checkpoints"]]
+    assert groups[1:] == ["lr 0.1, epochs_done 2", "lr 0.2, epochs_done 3"]
     same_file_names = [make_evaluation(f"{d}/m.pth", 0, draw_figures(1)[0]) for d in "ab"]
     groups = [run["group"] for run in evaluation.combine(same_file_names, 0)["checkpoints"]]
     assert groups == ["a/m.pth", "b/m.pth"]
