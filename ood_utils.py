@@ -18,6 +18,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -325,13 +326,14 @@ def check_numbers(config, positive, others):
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range.")
 
 
-def as_plain(settings):
-    """Settings as JSON has them: paths become text, numbers of NumPy become numbers."""
+def as_plain(config):
+    """The Config with settings as JSON has them: paths become text, NumPy's numbers numbers."""
 
     def convert(value):
         return value.tolist() if hasattr(value, "tolist") else str(value)
 
-    return json.loads(json.dumps(settings, default=convert))
+    settings = json.loads(json.dumps(asdict(config), default=convert))
+    return type(config)(**settings)
 
 
 def place_of(error):

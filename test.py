@@ -94,7 +94,7 @@ def evaluate(config=None):
 
     config: a Config, by default the published evaluation. Raises InputError or OSError.
     """
-    config = Config(**ood_utils.as_plain(asdict(config or Config())))
+    config = ood_utils.as_plain(config or Config())
     settings, networks, loaders = load(config)
     earlier = [read_evaluation(file, settings, loaders) for file in as_tuple(config.compare)]
     digests = [run["sha256"] for evaluation in earlier for run in evaluation["checkpoints"]]
@@ -387,24 +387,11 @@ def combine(evaluations, earlier):
     checkpoints have groups of their own, and so has a run without a log.
     """
     results = evaluations[-1] | {"checkpoints": [], "rows": [], "sets": []}
-    groups = []
-    for number, evaluation in enumerate(evaluations):
+    for evaluation in evaluations:
         for part in ("checkpoints", "rows", "sets"):
             results[part] += evaluation[part]
-        for run in evaluation["checkpoints"]:
-            side, known = number < earlier, {}
-            if "training" in run:
-                known = run["training"]["settings"] | {
-                    "epochs_done": run["training"]["epochs_done"]
-                }
-            for group in groups:
-                may_join = known and group["known"] and group["side"] == side
-                if may_join and not train.differences(group["known"], known):
-                    group["known"] |= known
-                    group["runs"].append(run)
-                    break
-            else:
-                groups.append({"side": side, "known": known, "runs": [run]})
+    runs_of_earlier = [evaluation["checkpoints"] for evaluation in evaluations[:earlier]]
+    groups = group_runs(results["checkpoints"], sum(map(len, runs_of_earlier)))
     for group, name in zip(groups, name_groups(groups), strict=True):
         for run in group["runs"]:
             run["group"] = name
@@ -412,6 +399,31 @@ def combine(evaluations, earlier):
     for row in (*results["rows"], *results["sets"]):
         row["group"] = names[row["checkpoint"]]
     return results
+
+
+def known_of(run):
+    """What a run was trained with, by its log; {} without one."""
+    training = run.get("training")
+    return training["settings"] | {"epochs_done": training["epochs_done"]} if training else {}
+
+
+def group_runs(runs, earlier):
+    """Group runs, of which the first `earlier` are of earlier evaluations, by what is known."""
+    groups = []
+    for number, run in enumerate(runs):
+        known, side = known_of(run), number < earlier
+        fitting = [
+            group
+            for group in groups
+            if known and group["known"] and group["side"] == side
+            if not train.differences(group["known"], known)
+        ]
+        if not fitting:
+            fitting = [{"side": side, "known": {}, "runs": []}]
+            groups += fitting
+        fitting[0]["known"] |= known
+        fitting[0]["runs"].append(run)
+    return groups
 
 
 def name_groups(groups):
@@ -490,8 +502,8 @@ def published_of(results):
     config = results["config"]
     shown = config["score"] == "msp" and config.get("split", "test") == "test"
     for run in results["checkpoints"]:
-        training = run.get("training", {"settings": {}, "epochs_done": 0})
-        settings = training["settings"] | {"epochs": training["epochs_done"]}
+        known = known_of(run)
+        settings = known | {"epochs": known.get("epochs_done")}
         shown = shown and PUBLISHED_RECIPE.items() <= settings.items()
     return PUBLISHED if shown else {}
 
@@ -519,7 +531,7 @@ def print_report(results, count):
 
 
 def code_of(run):
-    return run.get("training", {"settings": {}})["settings"].get("code", "unknown")
+    return known_of(run).get("code", "unknown")
 
 
 def spread(values):

@@ -246,7 +246,7 @@ def train_model(config=None):
     config: a Config, by default the published recipe. Returns the network in eval mode.
     Raises InputError, OSError, or FloatingPointError for a loss that is not finite.
     """
-    config = Config(**ood_utils.as_plain(asdict(config or Config())))
+    config = ood_utils.as_plain(config or Config())
     check_settings(config)
     path = checkpoint_path(config.checkpoint, config.dataset, config.seed)
     device = ood_utils.pick_device(config.device)

@@ -268,7 +268,7 @@ BAD = [
     ("test.py", "--dataset digits --checkpoint {f}/stem.pth", "stem.pth does not fit"),
     ("test.py", "--dataset digits --checkpoint {f}/list.pth", "list.pth holds no state dict"),
     ("test.py", "--dataset digits --checkpoint {f}/nan.pth", "nan.pth: .* is not finite"),
-    ("test.py", "--dataset digits --checkpoint {f}/ten.pth --batch-size 0", "is out of range"),
+    ("test.py", "--dataset digits --checkpoint {f}/ten.pth --batch-size 0", "batch-size 0 is out"),
     ("test.py", "--dataset digits --output {f} --checkpoint {f}/ten.pth {f}/a/ten.pth", "same"),
     ("train.py", "--epochs 0", "--epochs 0 is out of range"),
     ("train.py", "--lr nan", "--lr nan is out of range"),
