@@ -64,6 +64,7 @@ class Config:
     resume: bool = False  # continue the unfinished run of this checkpoint
 
 
+EAGER_STEPS = 3  # of each epoch on CUDA, before capture_step; math.inf: no capture
 SAVE_SECONDS = 10  # at least, between saves: on a small set a save takes longer than an epoch
 
 
@@ -205,6 +206,7 @@ def learning_rate(config, epoch):
 
 
 def build_optimizer(model, config):
+    """The optimizer; on CUDA another one may need capturable=True, see capture_step."""
     settings = {"momentum": config.momentum, "weight_decay": config.weight_decay}
     return torch.optim.SGD(model.parameters(), config.lr, fused=True, **settings)
 
@@ -223,15 +225,39 @@ def train_step(model, optimizer, images, labels, config):
 def train_epoch(model, optimizer, loader, config):
     """One pass over the loader; return the mean of its steps' losses."""
     epoch = loader.epoch + 1
-    losses = []
+    captured, losses = None, []
     for images, labels in tqdm(loader, f"epoch {epoch}", leave=False, disable=None):
-        losses.append(train_step(model, optimizer, images, labels, config))
+        full = len(images) == loader.batch_size
+        if full and images.is_cuda and len(losses) == EAGER_STEPS:
+            captured = capture_step(model, optimizer, images, labels, config)
+        step = captured if captured and full else train_step
+        losses.append(step(model, optimizer, images, labels, config))
     losses = torch.stack(losses).tolist()  # once an epoch: each reading makes a GPU wait
     for step, loss in enumerate(losses, start=1):
         if not math.isfinite(loss):
             where = f"epoch {epoch}, step {step}"
             raise FloatingPointError(f"The loss is not finite at {where}: lower --lr.")
     return sum(losses) / len(losses)
+
+
+def capture_step(model, optimizer, images, labels, config):
+    """Record train_step as a CUDA graph; return a function that replays it on another batch.
+
+    A replay is one launch, a step about 400. Python code in train_step, such as a draw with
+    NumPy, runs at the recording only, so once an epoch; torch's draws are new in each step.
+    """
+    images, labels = images.clone(), labels.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = train_step(model, optimizer, images, labels, config)
+
+    def replay(model, optimizer, new_images, new_labels, config):
+        images.copy_(new_images)
+        labels.copy_(new_labels)
+        graph.replay()
+        return loss.clone()
+
+    return replay
 
 
 def get_accuracy(model, loader):

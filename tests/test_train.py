@@ -270,6 +270,25 @@ def test_train_step_is_sgd_by_hand():
         torch.testing.assert_close(model.fc.weight.detach(), weight, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_captured_steps_have_the_bits_of_eager_ones(monkeypatch):
+    """Two epochs of 20 batches and a shorter one, at two learning rates."""
+    images, labels = random_images(128 * 20 + 80), torch.arange(128 * 20 + 80) % 100
+    states = []
+    for eager_steps in (3, 100):
+        monkeypatch.setattr(train, "EAGER_STEPS", eager_steps)
+        torch.manual_seed(0)
+        loader = train.ImageLoader(images, labels, (), 128, "cuda", get_transform(), shuffle=True)
+        model = train.build_network().to("cuda", memory_format=torch.channels_last)
+        config = Config(precision="bfloat16")
+        optimizer = build_optimizer(model, config)
+        for lr in (0.1, 0.01):
+            optimizer.param_groups[0]["lr"] = lr
+            train.train_epoch(model, optimizer, loader, config)
+        states.append(model.state_dict())
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 def test_the_schedules_by_hand():
     def rates(epochs, **settings):
         config = Config(epochs=epochs, **settings)
