@@ -52,21 +52,23 @@ class PlainImages(Dataset):
 
 class Plain:
     def __init__(self, training, test, device):
-        self.device, workers = device, {"num_workers": 8, "pin_memory": device.type == "cuda"}
-        crop_and_flip = transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()
+        self.device = device
+        workers = {"num_workers": 8, "pin_memory": device.type == "cuda"}
+        crop_and_flip = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
         images = PlainImages(*training, crop_and_flip)
-        self.loader = DataLoader(images, 128, shuffle=True, **workers)
+        self.loader = DataLoader(images, 128, shuffle=True, persistent_workers=True, **workers)
         self.test_loader = DataLoader(PlainImages(*test), 128, **workers)
         self.model = resnet18(num_classes=100).to(device)
         settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
         self.optimizer = torch.optim.SGD(self.model.parameters(), **settings)
 
-    def step(self, images, labels):
-        loss = F.cross_entropy(self.model(images.to(self.device)), labels.to(self.device))
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        loss.item()
+    def train(self):
+        for images, labels in self.loader:
+            loss = F.cross_entropy(self.model(images.to(self.device)), labels.to(self.device))
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            loss.item()
 
     @torch.no_grad()
     def score(self):
@@ -78,15 +80,15 @@ class Plain:
 
 class Ours:
     def __init__(self, training, test, device, model, precision):
-        self.device, self.config = device, train.Config(precision=precision)
+        self.config = train.Config(precision=precision)
         transform = train.get_transform(train=True)
         self.loader = ood_data.ImageLoader(*training, (), 128, device, transform, shuffle=True)
         self.test_loader = ood_data.ImageLoader(*test, device=device)
         self.model = model.to(device, memory_format=ood_data.memory_format(device))
         self.optimizer = train.build_optimizer(self.model, self.config)
 
-    def step(self, images, labels):
-        train.train_step(self.model, self.optimizer, images, labels, self.config)
+    def train(self):
+        train.train_epoch(self.model, self.optimizer, self.loader, self.config)
 
     def score(self):
         return ood_utils.get_ood_scores(self.model, self.test_loader)
@@ -98,20 +100,11 @@ def now(device):
     return time.perf_counter()
 
 
-def time_training(side, steps):
-    """Images/s over so many steps, after two that start workers and choose kernels."""
-    batches = iter(side.loader)
-    for _ in range(2):
-        side.step(*next(batches))
-    start = now(side.device)
-    for _ in range(steps):
-        side.step(*next(batches))
-    return 128 * steps / (now(side.device) - start)
-
-
-def time_scoring(side):
-    start = now(side.device)
-    return len(side.score()) / (now(side.device) - start)
+def get_rate(run, count, device):
+    """Images/s of a function that takes `count` images through the network."""
+    start = now(device)
+    run()
+    return count / (now(device) - start)
 
 
 def spread(values, form):
@@ -122,9 +115,10 @@ def spread(values, form):
 def compare(config):
     warnings.filterwarnings("ignore", module="torch.utils.data")  # more workers than cores
     device = ood_utils.pick_device(config.device)
-    images = torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.arange(50_000) % 100
-    data = (images, labels), (images[:10_000], labels[:10_000]), device
+    images = torch.randint(0, 256, (10_000, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.arange(10_000) % 100
+    chosen = torch.arange(128 * config.steps) % 10_000
+    data = (images[chosen], labels[chosen]), (images, labels), device
     plain, ours = Plain(*data), Ours(*data, train.build_network(), "float32")
     training = {
         "plain loop, float32": plain,
@@ -133,12 +127,16 @@ def compare(config):
     }
     if train.pick_precision("auto", device) == "bfloat16":
         training["ours, bfloat16"] = Ours(*data, train.build_network(), "bfloat16")
+    for side in training.values():
+        side.train()  # starts workers, chooses kernels
     rates = {}
     for _ in range(config.rounds):
         for name, side in training.items():
-            rates.setdefault(f"training: {name}", []).append(time_training(side, config.steps))
+            rate = get_rate(side.train, len(chosen), device)
+            rates.setdefault(f"training: {name}", []).append(rate)
         for name, side in (("plain loop, float32", plain), ("ours, float32", ours)):
-            rates.setdefault(f"scoring: {name}", []).append(time_scoring(side))
+            rate = get_rate(side.score, len(images), device)
+            rates.setdefault(f"scoring: {name}", []).append(rate)
     print(f"{ood_utils.describe(device)['device']}, torch {torch.__version__}\n")
     print("| | images/s | ratio to the plain loop |\n|---|---|---|")
     for name, values in rates.items():
