@@ -85,15 +85,15 @@ def test_every_evaluated_run_has_its_log_of_the_full_recipe():
         assert error_rate == pytest.approx(run["error_rate"], abs=0.1)  # float16 moves it
 
 
-def test_every_run_of_30_epochs_has_its_log():
-    for name in ("steps30", "cosine30"):
+def test_every_compared_run_has_its_log():
+    for name, epochs in (("wd5e-4", 100), ("steps30", 30), ("cosine30", 30)):
         runs = read(f"{name}.ood.json")["checkpoints"]
         digests = [run["sha256"] for run in SEEDS["checkpoints"]]
         assert len(runs) == 5 + 3 and [run["sha256"] for run in runs[:5]] == digests
         for seed, run in enumerate(runs[5:]):
             log = read(f"{name}_seed{seed}.json")
             assert train.trained_with(log) == run["training"]["settings"] | {"seed": seed}
-            assert log["config"]["epochs"] == len(log["epochs"]) == 30
+            assert log["config"]["epochs"] == len(log["epochs"]) == epochs
             error_rate = 100 * (1 - log["epochs"][-1]["test_accuracy"])
             assert error_rate == pytest.approx(run["error_rate"], abs=0.02)
 
@@ -110,6 +110,7 @@ def test_ci_runs_the_set_up_commands_of_the_readme():
 @pytest.mark.parametrize("text,show,arguments", [
     (README, evaluation.print_performance, (SEEDS, GROUP)),
     (README, evaluation.print_comparison, (read("schedules.ood.json"),)),
+    (RESULTS, evaluation.print_comparison, (read("wd5e-4.ood.json"),)),
     (RESULTS, evaluation.print_comparison, (read("steps30.ood.json"),)),
     (RESULTS, evaluation.print_comparison, (read("cosine30.ood.json"),)),
     (RESULTS, evaluation.print_comparison, (read("validation.ood.json"),)),
