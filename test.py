@@ -114,7 +114,7 @@ def evaluate(config=None):
         files[output_path(config, path, ".ood.npz")] = pack(scores, predictions, labels, loaders)
     if not evaluations:
         raise InputError("; ".join(failed.values()))
-    results = combine([*earlier, *evaluations.values()], len(earlier))
+    results = combine(earlier, evaluations.values())
     first, count = next(iter(evaluations)), len(evaluations)
     others = len(results["checkpoints"]) - 1
     name = config.name or (f"{first.stem}_and_{others}" if others else first.stem)
@@ -380,18 +380,18 @@ def pack(scores, predictions, labels, loaders):
 # Group and compare ----------------------------------------------------------------------
 
 
-def combine(evaluations, earlier):
-    """Join evaluations, the first of them `earlier` ones, and name the group of every run and row.
+def combine(earlier, ours):
+    """Join evaluations, earlier ones first, and name the group of every run and row.
 
-    A group is a setting: its runs differ in their seed only. Earlier evaluations and
-    checkpoints have groups of their own, and so has a run without a log.
+    A group is a setting: its runs differ in their seed only. Earlier evaluations have groups of
+    their own, and so has a run without a log.
     """
+    evaluations = [*earlier, *ours]
     results = evaluations[-1] | {"checkpoints": [], "rows": [], "sets": []}
     for evaluation in evaluations:
         for part in ("checkpoints", "rows", "sets"):
             results[part] += evaluation[part]
-    runs_of_earlier = [evaluation["checkpoints"] for evaluation in evaluations[:earlier]]
-    groups = group_runs(results["checkpoints"], sum(map(len, runs_of_earlier)))
+    groups = group_runs(earlier) + group_runs(ours)
     for group, name in zip(groups, name_groups(groups), strict=True):
         for run in group["runs"]:
             run["group"] = name
@@ -407,22 +407,20 @@ def known_of(run):
     return training["settings"] | {"epochs_done": training["epochs_done"]} if training else {}
 
 
-def group_runs(runs, earlier):
-    """Group runs, of which the first `earlier` are of earlier evaluations, by what is known."""
+def group_runs(evaluations):
+    """Group the runs of evaluations by what is known of them, {"known": {}, "runs": []} each."""
     groups = []
-    for number, run in enumerate(runs):
-        known, side = known_of(run), number < earlier
-        fitting = [
-            group
-            for group in groups
-            if known and group["known"] and group["side"] == side
-            if not train.differences(group["known"], known)
-        ]
-        if not fitting:
-            fitting = [{"side": side, "known": {}, "runs": []}]
-            groups += fitting
-        fitting[0]["known"] |= known
-        fitting[0]["runs"].append(run)
+    runs = [run for evaluation in evaluations for run in evaluation["checkpoints"]]
+    for run in runs:
+        known = known_of(run)
+        for group in groups:
+            if known and group["known"] and not train.differences(group["known"], known):
+                break
+        else:
+            group = {"known": {}, "runs": []}
+            groups.append(group)
+        group["known"] |= known
+        group["runs"].append(run)
     return groups
 
 

@@ -180,7 +180,7 @@ def test_an_empty_half_of_the_split_is_reported_as_such(shift, missing, capsys, 
     )
     results = {"checkpoints": [run], "rows": rows, "sets": sets, "skipped": {}}
     results["config"] = {"dataset": "none", "score": "msp", "ood_types": []}
-    results = evaluation.combine([results], 0)
+    results = evaluation.combine([], [results])
     evaluation.print_report(results, 1)
     evaluation.print_tables(results)
     error_rate, split, *tables = capsys.readouterr().out.splitlines()

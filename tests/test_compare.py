@@ -61,7 +61,7 @@ def test_two_settings_with_the_same_seeds_are_compared_by_pairs(capsys):
     evaluations += [
         make_evaluation(f"{seed}.pth", seed, tweak[seed], weight_decay=5e-4) for seed in (2, 0, 1)
     ]
-    results = evaluation.combine(evaluations, 0)
+    results = evaluation.combine([], evaluations)
     groups = [run["group"] for run in results["checkpoints"]]
     assert groups == ["weight_decay 0.0001"] * 3 + ["weight_decay 0.0005"] * 3
     assert {row["group"] for row in evaluations[0]["rows"]} == {"weight_decay 0.0001"}
@@ -84,7 +84,7 @@ def test_other_seeds_are_compared_by_students_interval(count):
     base, tweak = draw_figures(5), draw_figures(count, seed=1)
     earlier = [make_evaluation(f"b{i}.pth", i, base[i], lr=0.1) for i in range(5)]
     mine = [make_evaluation(f"m{i}.pth", 7 + i, tweak[i], lr=0.2) for i in range(count)]
-    *_, column = evaluation.compare(evaluation.combine(earlier + mine, 5)).items()
+    *_, column = evaluation.compare(evaluation.combine(earlier, mine)).items()
     title, cells = column
     assert "unpaired" in title
     a, b = lines_of(base), lines_of(tweak)
@@ -97,9 +97,9 @@ def test_other_seeds_are_compared_by_students_interval(count):
 def test_a_run_of_unknown_code_is_not_averaged_in_silence(capsys):
     runs = [make_evaluation("a.pth", 0, draw_figures(1)[0], lr=0.1)]
     runs.append(make_evaluation("b.pth", 1, draw_figures(1)[0], lr=0.1, code="edited"))
-    evaluation.print_comparison(evaluation.combine(runs, 1))
+    evaluation.print_comparison(evaluation.combine(runs[:1], runs[1:]))
     assert "may differ, too: unknown, edited." in capsys.readouterr().out
-    results = evaluation.combine(runs, 0)
+    results = evaluation.combine([], runs)
     assert len({run["group"] for run in results["checkpoints"]}) == 1
     for row in (*results["rows"], *results["sets"]):
         row |= dict.fromkeys((*evaluation.METRICS, "effective_classes"), 50.0)
@@ -110,7 +110,7 @@ def test_a_run_of_unknown_code_is_not_averaged_in_silence(capsys):
 def test_one_run_against_one_has_no_interval(capsys):
     figures = draw_figures(2)
     pair = [make_evaluation(f"{i}.pth", 0, figures[i], lr=0.1 + i) for i in range(2)]
-    results = evaluation.combine(pair, 0)
+    results = evaluation.combine([], pair)
     cells = evaluation.compare(results).iloc[:, -1]
     assert list(cells) == [f"{value:+.2f}" for value in lines_of(figures)[1] - lines_of(figures)[0]]
     results["config"]["dataset"] = "cifar100"
@@ -127,7 +127,8 @@ def names_of(*runs, earlier=0):
     evaluations = [
         make_evaluation(f"{i}.pth", i, draw_figures(1)[0], **run) for i, run in enumerate(runs)
     ]
-    return [run["group"] for run in evaluation.combine(evaluations, earlier)["checkpoints"]]
+    results = evaluation.combine(evaluations[:earlier], evaluations[earlier:])
+    return [run["group"] for run in results["checkpoints"]]
 
 
 def test_groups_are_named_by_what_differs():
@@ -144,13 +145,13 @@ def test_groups_are_named_by_what_differs():
     unfinished = make_evaluation("b.pth", 1, draw_figures(1)[0], lr=0.1)
     unfinished["checkpoints"][0]["training"]["epochs_done"] = 2
     pair = [make_evaluation("a.pth", 0, draw_figures(1)[0], lr=0.1), unfinished]
-    groups = [run["group"] for run in evaluation.combine(pair, 0)["checkpoints"]]
+    groups = [run["group"] for run in evaluation.combine([], pair)["checkpoints"]]
     assert groups == ["epochs_done 3", "epochs_done 2"]
     lr = make_evaluation("c.pth", 2, draw_figures(1)[0], lr=0.2)
-    groups = [run["group"] for run in evaluation.combine([*pair, lr], 0)["checkpoints"]]
+    groups = [run["group"] for run in evaluation.combine([], [*pair, lr])["checkpoints"]]
     assert groups[1:] == ["lr 0.1, epochs_done 2", "lr 0.2, epochs_done 3"]
     same_file_names = [make_evaluation(f"{d}/m.pth", 0, draw_figures(1)[0]) for d in "ab"]
-    groups = [run["group"] for run in evaluation.combine(same_file_names, 0)["checkpoints"]]
+    groups = [run["group"] for run in evaluation.combine([], same_file_names)["checkpoints"]]
     assert groups == ["a/m.pth", "b/m.pth"]
     # Earlier evaluations have groups of their own.
     assert names_of({"lr": 0.1}, {"lr": 0.1}, {"lr": 0.1, "code": "a"}, earlier=2) == [
