@@ -62,6 +62,7 @@ class Config:
 
 
 OOD_SHARE = 5  # test images per OOD image; AUPR's chance level depends on it
+PARTS = ("checkpoints", "rows", "sets")  # the lists of an .ood.json file
 CLOSED = "closed set"
 SPLIT = "right / wrong"  # correctly classified test images against misclassified ones
 ERROR, MEANS = "error rate", ("mean of noises", "mean of image sets")
@@ -387,10 +388,9 @@ def combine(earlier, ours):
     their own, and so has a run without a log.
     """
     evaluations = [*earlier, *ours]
-    results = evaluations[-1] | {"checkpoints": [], "rows": [], "sets": []}
-    for evaluation in evaluations:
-        for part in ("checkpoints", "rows", "sets"):
-            results[part] += evaluation[part]
+    results = dict(evaluations[-1])
+    for part in PARTS:
+        results[part] = [entry for evaluation in evaluations for entry in evaluation[part]]
     groups = group_runs(earlier) + group_runs(ours)
     for group, name in zip(groups, name_groups(groups), strict=True):
         for run in group["runs"]:
@@ -582,12 +582,11 @@ def print_comparison(results):
         print("One run each, so no interval: another seed moves these rows, too, noises most.")
 
 
-def print_performance(results, group):
-    """Every metric of every set, both conventions, of one group."""
-    rows, sets = shown_rows(results), pd.DataFrame(results["sets"])
-    rows = rows[rows["group"] == group].groupby("set", sort=False)
-    sets = sets[sets["group"] == group].groupby("set")
+def print_performance(results):
+    """Every metric of every set, both conventions."""
+    rows = shown_rows(results).groupby("set", sort=False)
     table = rows[list(METRICS)].agg(spread).rename(columns=METRICS)
+    sets = pd.DataFrame(results["sets"]).groupby("set")
     classes = sets["effective_classes"].agg(spread)
     table["effective classes"] = classes.reindex(table.index, fill_value="")
     skipped = [name for name in results["skipped"] if name not in table.index]
@@ -599,28 +598,26 @@ def print_performance(results, group):
     print_table(table, results["config"]["score"])
 
 
-def print_scores(results, group, metric):
+def print_scores(results, metric):
     """One metric by score, of every OOD set and of the means of noises and of image sets."""
     rows = pd.DataFrame(results["rows"])
-    rows = rows[(rows["set"] != SPLIT) & (rows["group"] == group)]
-    scores = rows.groupby("score", sort=False)
+    scores = rows[rows["set"] != SPLIT].groupby("score", sort=False)
     print_table(
         pd.DataFrame({score: set_values(of, metric).agg(spread) for score, of in scores}),
         METRICS[metric],
     )
 
 
-def print_details(results, group):
+def print_details(results):
     """What else the JSON holds: selective classification, thresholds, FPR95, predicted classes."""
-    score = results["config"]["score"]
-    runs = [run for run in results["checkpoints"] if run["group"] == group]
+    score, runs = results["config"]["score"], results["checkpoints"]
     risks = [spread([run[risk][score] for run in runs]) for risk in ("aurc", "augrc")]
     thresholds = ", ".join(f"{run['threshold'][score]:.4f}" for run in runs)
     print("AURC {}, AUGRC {} of the closed set (lower is better)".format(*risks))
     print(f"95% of the closed set has a score of at least {thresholds}\n")
-    print_scores(results, group, "fpr95")
-    sets = pd.DataFrame(results["sets"])
-    shares = sets[sets["group"] == group].groupby("set", sort=False)["largest_share"].agg(spread)
+    print_scores(results, "fpr95")
+    sets = pd.DataFrame(results["sets"]).groupby("set", sort=False)
+    shares = sets["largest_share"].agg(spread)
     print_table(shares.to_frame("largest share"), "predicted classes")
 
 
@@ -630,19 +627,22 @@ def print_tables(results, verbose=False):
     if len(groups) > 1:
         print_comparison(results)
     for group in groups:
-        runs = [run for run in results["checkpoints"] if run["group"] == group]
+        own = dict(results)
+        for part in PARTS:
+            own[part] = [entry for entry in results[part] if entry["group"] == group]
+        runs = own["checkpoints"]
         errors = [run["error_rate"] for run in runs]
-        of_runs = f" of {len(errors)} runs, mean +- standard deviation" if len(errors) > 1 else ""
-        published = f" (published {PUBLISHED_ERROR_RATE:.2f})" if published_of(results) else ""
+        of_runs = f" of {len(runs)} runs, mean +- standard deviation" if len(runs) > 1 else ""
+        published = f" (published {PUBLISHED_ERROR_RATE:.2f})" if published_of(own) else ""
         split = f"{results['config'].get('split', 'test')} images"
         print(f"\n{group}: {split}, in percent{of_runs}; error rate {spread(errors)}{published}\n")
         if len({code_of(run) for run in runs}) > 1:
             print("The code of some of these runs is unknown: they may differ in it, too.\n")
-        print_performance(results, group)
-        if len(results["config"]["ood_types"]) > len(results["skipped"]):
-            print_scores(results, group, "auroc")
+        print_performance(own)
+        if len(own["config"]["ood_types"]) > len(own["skipped"]):
+            print_scores(own, "auroc")
         if verbose:
-            print_details(results, group)
+            print_details(own)
 
 
 # Picture --------------------------------------------------------------------------------
