@@ -116,18 +116,18 @@ def evaluate(config=None):
     if not evaluations:
         raise InputError("; ".join(failed.values()))
     results = combine(earlier, evaluations.values())
-    first, count = next(iter(evaluations)), len(evaluations)
+    first = next(iter(evaluations))
     others = len(results["checkpoints"]) - 1
     name = config.name or (f"{first.stem}_and_{others}" if others else first.stem)
-    evaluations[first.with_name(f"{name}.pth")] = results
-    for path, evaluation in evaluations.items():
+    joint = first.with_name(f"{name}.pth")
+    for path, evaluation in (evaluations | {joint: results}).items():
         files[output_path(config, path, ".ood.json")] = json.dumps(evaluation, indent=1).encode()
-    files[output_path(config, path, ".ood.png")] = draw(results)
+    files[output_path(config, joint, ".ood.png")] = draw(results)
     if len(loaders) == 1 and config.ood_types:  # every set was skipped: earlier files are kept
         files = {}
     for file, content in files.items():
         ood_utils.write_file(file, content)
-    print_report(results, count)
+    print_report(results, len(evaluations))
     print_tables(results, config.verbose)
     for file in files:
         print(f"wrote {file}")
@@ -150,15 +150,15 @@ def load(config):
         raise InputError(f"Unknown score {config.score!r}: use {', '.join(SCORES)}.")
     if config.name and Path(config.name).name != config.name:
         raise InputError(f"--name {config.name} is a path: pass a name, and --output for a folder.")
-    if config.name in [Path(name).stem for name in as_tuple(config.checkpoint)]:
-        raise InputError(f"--name {config.name} is the name of a run: pass another.")
     default = train.Config.dataset if config.dataset is None else config.dataset
     names = as_tuple(config.checkpoint) or [None]
     paths = [train.checkpoint_path(name, default, train.Config.seed) for name in names]
     networks = load_networks(paths)
     outputs = [output_path(config, path, "") for path in paths]
-    if len(set(outputs)) < len(paths):
-        raise InputError("Checkpoints of the same name would overwrite each other's files.")
+    if config.name:
+        outputs.append(outputs[0].with_name(config.name))
+    if len(set(outputs)) < len(outputs):
+        raise InputError("Checkpoints and --name: two of the same name would share their files.")
     for output in outputs:
         output.parent.mkdir(parents=True, exist_ok=True)
     log = train.read_log(paths[0])
