@@ -354,13 +354,14 @@ def as_path(text, flag):
 
 @contextlib.contextmanager
 def lock(path, wait):
-    """Hold a lock that is released when the process exits; a note where there are no locks."""
+    """Hold a lock, or raise InputError if it is held; a note where there are no locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     held = filelock.FileLock(path, blocking=wait)
     try:
         held.acquire()
-    except filelock.Timeout:
-        raise
+    except filelock.Timeout as error:
+        message = f"Another run is writing beside {path}: pass another --checkpoint."
+        raise InputError(message) from error
     except (OSError, NotImplementedError) as error:
         known = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
         if isinstance(error, OSError) and error.errno not in known:

@@ -12,7 +12,6 @@ Prints a line per epoch and writes, by default for CIFAR-100 and in the working 
 """
 
 import ast
-import contextlib
 import hashlib
 import itertools
 import json
@@ -25,7 +24,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
-import filelock
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -277,7 +275,8 @@ def train_model(config=None):
     path = checkpoint_path(config.checkpoint, config.dataset, config.seed)
     device = ood_utils.pick_device(config.device)
     config = replace(config, precision=pick_precision(config.precision, device))
-    with only_run_of(path):
+    with ood_utils.lock(path.with_name(f".{path.stem}.lock"), wait=False):
+        check_own_files(path)
         common = {"device": device, "validation": config.validation}
         data = (config.dataset, config.data_root)
         train_loader = get_loader(True, *data, config.batch_size, config.seed, **common)
@@ -609,20 +608,14 @@ def resume(path, log, model, optimizer):
         print(f"note: the code has changed since: code {log['code']}")
 
 
-@contextlib.contextmanager
-def only_run_of(path):
-    """Hold a lock, and refuse a path whose log is not its own."""
-    try:
-        with ood_utils.lock(path.with_name(f".{path.stem}.lock"), wait=False):
-            twin = path.with_suffix(".pt" if path.suffix == ".pth" else ".pth")
-            others = [twin] if twin.exists() else []
-            if path.with_suffix(".json").exists() and not read_log(path):
-                others.append(path.with_suffix(".json"))
-            if others:
-                raise InputError(f"{path} would share files with {others[0]}: pass another name.")
-            yield
-    except filelock.Timeout as error:
-        raise InputError(f"Another run is writing {path}: pass another --checkpoint.") from error
+def check_own_files(path):
+    """Raise InputError where a file of this run would be another's."""
+    twin = path.with_suffix(".pt" if path.suffix == ".pth" else ".pth")
+    others = [twin] if twin.exists() else []
+    if path.with_suffix(".json").exists() and not read_log(path):
+        others.append(path.with_suffix(".json"))
+    if others:
+        raise InputError(f"{path} would share files with {others[0]}: pass another name.")
 
 
 if __name__ == "__main__":
