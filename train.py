@@ -149,11 +149,8 @@ def load_network(path):
     state, log = load_file(path), read_log(path)
     for entry in ("state_dict", "model", "model_state_dict", "net"):
         state = state[entry] if isinstance(state, dict) and entry in state else state
-    if (
-        not isinstance(state, dict)
-        or not all(torch.is_tensor(v) for v in state.values())
-        or not state
-    ):
+    tensors = isinstance(state, dict) and all(torch.is_tensor(v) for v in state.values())
+    if not tensors or not state:
         raise InputError(f"{path} holds no state dict of tensors, but a {type(state).__name__}.")
     for prefix in ("module.", "_orig_mod.", "module."):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
