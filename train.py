@@ -452,13 +452,11 @@ def load_file(path):
 def read_log(path):
     """Return the log beside a checkpoint, or beside what it links to; None if there is none."""
     path = path.resolve().with_suffix(".json")
-    if not path.exists():
-        return None
     try:
         log = json.loads(path.read_text(encoding="utf-8"))
         log["finished"] = len(log["epochs"]) == log["config"]["epochs"]
         return log if log["classes"] and log["config"]["stem"] else None
-    except (ValueError, LookupError, TypeError):  # of another program
+    except (FileNotFoundError, ValueError, LookupError, TypeError):  # or of another program
         return None
 
 
