@@ -377,8 +377,8 @@ def shorten_small_maps(model):
         raise InputError(f"build_network's network takes no 32x32 images: {error}") from error
     names = {module: name for name, module in model.named_modules()}
     for conv, shapes in sizes.items():
-        plain = nn.Conv2d(1, 1, 3, conv.stride, padding=1, bias=False, device="meta")
-        plain.in_channels, plain.out_channels = conv.in_channels, conv.out_channels
+        channels = (conv.in_channels, conv.out_channels)
+        plain = nn.Conv2d(*channels, 3, conv.stride, padding=1, bias=False, device="meta")
         has_hooks = conv._forward_hooks or conv._forward_pre_hooks
         live = LIVE.get((*max(shapes), *conv.stride)) if len(shapes) == 1 else None
         if live and not has_hooks and conv.extra_repr() == plain.extra_repr():
