@@ -368,21 +368,15 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def fit(image):
-    """uint8 (3, 32, 32) of a PIL image: shorter side to 32, centre crop."""
-    width, height = image.size
-    longest = 16 * min(image.size)  # of a strip, the middle: a whole one needs gigabytes
-    image = TF.center_crop(image, [min(height, longest), min(width, longest)])
-    image = TF.resize(to_rgb(image), 32)
-    image = TF.center_crop(image, 32)
-    return TF.pil_to_tensor(image)
-
-
 def decode(path):
-    """uint8 (3, 32, 32) of an image file."""
+    """uint8 (3, 32, 32) of an image file: shorter side to 32, centre crop."""
     try:
         with Image.open(path) as image:
-            return fit(image)
+            width, height = image.size
+            longest = 16 * min(image.size)  # of a strip, the middle: a whole one needs gigabytes
+            middle = TF.center_crop(image, [min(height, longest), min(width, longest)])
+            resized = TF.resize(to_rgb(middle), 32)
+            return TF.pil_to_tensor(TF.center_crop(resized, 32))
     except Exception as error:
         raise InputError(f"{path} is not a readable image ({error}): fix or remove it.") from error
 
