@@ -214,9 +214,8 @@ def check_ood_name(name, dataset=None):
     overlaps = name == dataset
     if dataset and not is_name and dataset not in CLOSED_SETS:  # two folders
         closed = as_path(dataset, "--dataset").resolve()
-        folders = (folder, *folder.parents)
-        overlaps = folder in closed.parents or folder == closed
-        overlaps |= closed / "train" in folders or closed / "test" in folders
+        inside = [folder.is_relative_to(closed / split) for split in ("train", "test")]
+        overlaps = closed.is_relative_to(folder) or any(inside)
     if overlaps:
         raise InputError(f"OOD type {name!r} is, or holds, the closed set itself: leave it out.")
 
