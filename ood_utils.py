@@ -344,9 +344,9 @@ def place_of(error):
 
 def as_path(text, flag):
     """The path, with ~ and variables expanded, or InputError."""
+    if not str(text).strip() or "\0" in str(text):
+        raise InputError(f"{flag} {str(text)!r} is empty: is a shell variable unset?")
     try:
-        if not str(text).strip() or "\0" in str(text):
-            raise RuntimeError("is empty: is a shell variable unset?")
         return Path(os.path.expandvars(text)).expanduser()
     except RuntimeError as error:  # no home directory
         raise InputError(f"{flag} {str(text)!r}: {error}") from error
