@@ -101,7 +101,7 @@ def get_logits(model, dataloader):
 
     parameter = next(model.parameters())
     logits, labels, normalised = [], [], isinstance(dataloader, ImageLoader)
-    with eval_mode(model), full_float32(parameter.device):
+    with scoring_mode(model):
         for batch in tqdm(dataloader, "scoring", delay=1, leave=False, disable=None):
             images, targets = split_batch(batch)
             normalised = normalised or looks_normalised(images)
@@ -167,31 +167,24 @@ def last_layer(model):
 
 
 @contextlib.contextmanager
-def eval_mode(model):
-    """Put the network in eval mode, then give every layer its own mode back."""
+def scoring_mode(model):
+    """Eval mode, and full float32: no autocast, TF32 or bfloat16. Then all is as it was."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextlib.contextmanager
-def full_float32(device):
-    """Turn off autocast, and TF32 and bfloat16 inside of operators."""
     backends = torch.backends
     operators = [backends.cudnn.conv, backends.cuda.matmul]
     operators += [backends.mkldnn.conv, backends.mkldnn.matmul]
-    before = [operator.fp32_precision for operator in operators]
+    precisions = [operator.fp32_precision for operator in operators]
+    device = next(model.parameters()).device
     try:
+        model.eval()
         for operator in operators:
             operator.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for operator, precision in zip(operators, before, strict=True):
+        for module, mode in modes.items():
+            module.training = mode
+        for operator, precision in zip(operators, precisions, strict=True):
             operator.fp32_precision = precision
 
 

@@ -371,7 +371,7 @@ def shorten_small_maps(model):
             sizes.setdefault(module, set()).add(inputs[0].shape[2:])
 
     try:
-        with ood_utils.eval_mode(model), register_module_forward_pre_hook(note_size):
+        with ood_utils.scoring_mode(model), register_module_forward_pre_hook(note_size):
             model(torch.zeros(1, 3, 32, 32))
     except RuntimeError as error:
         raise InputError(f"build_network's network takes no 32x32 images: {error}") from error
