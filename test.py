@@ -103,18 +103,19 @@ def evaluate(config=None):
     if len(set(digests)) < len(digests):
         raise InputError("One run is named twice by --compare, or --checkpoint too: pass it once.")
     labels = loaders[CLOSED].labels.cpu().numpy()
-    evaluations, files, failed = {}, {}, {}
+    evaluations, files, failed = {}, {}, []
     for path, model in networks.items():
         try:
             scores, predictions = score_sets(model, loaders)
         except InputError as error:
-            failed[path] = f"{path}: {error}"
+            print(f"error: {path}: {error}", file=sys.stderr)
+            failed.append(str(path))
             continue
         run, rows, sets = measure_run(path, scores, predictions, labels)
         evaluations[path] = settings | {"checkpoints": [run], "rows": rows, "sets": sets}
         files[output_path(config, path, ".ood.npz")] = pack(scores, predictions, labels, loaders)
     if not evaluations:
-        raise InputError("; ".join(failed.values()))
+        raise InputError("No checkpoint is left.")
     results = combine(earlier, evaluations.values())
     first = next(iter(evaluations))
     others = len(results["checkpoints"]) - 1
@@ -131,9 +132,7 @@ def evaluate(config=None):
     print_tables(results, config.verbose)
     for file in files:
         print(f"wrote {file}")
-    for reason in failed.values():
-        print(f"error: {reason}", file=sys.stderr)
-    return results | {"failed": list(failed)}
+    return results | {"failed": failed}
 
 
 # Load -----------------------------------------------------------------------------------
