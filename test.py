@@ -206,18 +206,17 @@ def check_closed_set(path, model, dataset, classes):
     """Raise InputError if a run has other classes or another normalisation than now."""
     log = train.read_log(path)
     outputs = ood_utils.last_layer(model).out_features
-    if (log["classes"] if log else outputs) != (classes if log else len(classes)):
-        trained_on = log["config"]["dataset"] if log else f"{outputs} classes"
-        raise InputError(
-            f"{path} was trained on {trained_on}, not on {dataset}: pass its --dataset."
-        )
+    trained_on, fits = f"{outputs} classes", outputs == len(classes)
+    if log:
+        trained_on, fits = log["config"]["dataset"], log["classes"] == classes
+    if not fits:
+        raise InputError(f"{path} was trained on {trained_on}, not on {dataset}: pass --dataset.")
+    if not log:
+        return
     normalisation = {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
-    if log and train.differences(log["config"], normalisation):
-        raise InputError(
-            f"{path} was trained with another MEAN and STD than ood_data.py has now: --compare "
-            "its earlier evaluation instead."
-        )
-    if log and not log["finished"]:
+    if train.differences(log["config"], normalisation):
+        raise InputError(f"{path} was trained with another MEAN and STD: --compare its evaluation.")
+    if not log["finished"]:
         done, epochs = len(log["epochs"]), log["config"]["epochs"]
         print(f"note: {path} is an unfinished run, {done} of {epochs} epochs", file=sys.stderr)
 
