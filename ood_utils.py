@@ -131,10 +131,9 @@ def split_batch(batch):
         images = [batch[key] for key in ("image", "images", "img", "pixel_values") if key in batch]
         labels = [batch[key] for key in ("label", "labels", "fine_label") if key in batch]
         batch = [*images[:1], *labels[:1]] if images else []
-    if isinstance(batch, (list, tuple)):
-        images, labels, *_ = [*batch, None, None]
-    else:
-        images, labels = batch, None
+    if not isinstance(batch, (list, tuple)):
+        batch = [batch]
+    images, labels, *_ = [*batch, None, None]
     if not torch.is_tensor(images):
         raise InputError("A batch must be (images, labels), images, or a dict with both.")
     if labels is None:
