@@ -157,8 +157,9 @@ def load_network(path):
     if log:
         num_classes, stem = len(log["classes"]), log["config"]["stem"]
     else:
-        if path.with_suffix(".json").exists():
-            print(f"note: {path.with_suffix('.json')} is no log of train.py", file=sys.stderr)
+        log_path = path.with_suffix(".json")
+        if log_path.exists():
+            print(f"note: {log_path} is no log of train.py", file=sys.stderr)
         first = state.get("conv1.weight")
         stem = "cifar" if first is not None and first.shape[-1] == 3 else "imagenet"
         *_, bias = build_network(1, stem).state_dict()
@@ -392,7 +393,8 @@ def shorten_small_maps(model):
 def check_settings(config):
     """Raise InputError for a number out of its range."""
     positive = ("epochs", "batch_size", "lr", "gamma")
-    ood_utils.check_numbers(config, positive, ("momentum", "weight_decay", "seed", "validation"))
+    others = ("momentum", "weight_decay", "seed", "validation")
+    ood_utils.check_numbers(config, positive, others)
     if not 0 <= config.label_smoothing <= 1:
         raise InputError("--label-smoothing must lie between 0 and 1.")
     if not all(0 < milestone <= 1 for milestone in config.milestones):
@@ -549,8 +551,9 @@ def keep_other_run(path, log):
         if not taken and not kept.with_suffix(".json").exists():
             break
     for ending in (".ood.json", ".ood.npz", ".ood.png", path.suffix, ".json"):
-        if path.with_name(path.stem + ending).exists():
-            os.replace(path.with_name(path.stem + ending), kept.with_name(kept.stem + ending))
+        file = path.with_name(path.stem + ending)
+        if file.exists():
+            os.replace(file, kept.with_name(kept.stem + ending))
     print(f"kept the finished run as {kept} ({in_words(changed)}); to compare the two:")
     print(f"    python test.py --checkpoint {kept} {path}")
 
@@ -606,9 +609,10 @@ def resume(path, log, model, optimizer):
 def check_own_files(path):
     """Raise InputError where a file of this run would be another's."""
     twin = path.with_suffix(".pt" if path.suffix == ".pth" else ".pth")
+    log_path = path.with_suffix(".json")
     others = [twin] if twin.exists() else []
-    if path.with_suffix(".json").exists() and not read_log(path):
-        others.append(path.with_suffix(".json"))
+    if log_path.exists() and not read_log(path):
+        others.append(log_path)
     if others:
         raise InputError(f"{path} would share files with {others[0]}: pass another name.")
 
