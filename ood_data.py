@@ -120,9 +120,8 @@ def read_class_folder(folder, split):
         raise InputError(f"{folder} needs images in train/<class>/ and {split}/<class>/.")
     odd = sorted(set(classes) ^ set(train_classes))
     if odd:
-        raise InputError(
-            f"{folder}: only one of train/ and {split}/ has the class {', '.join(odd)}."
-        )
+        names = ", ".join(odd)
+        raise InputError(f"{folder}: only one of train/ and {split}/ has the class {names}.")
     labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files])
     return decode_all([path for paths in files for path in paths], str(folder)), labels, classes
 

@@ -113,7 +113,7 @@ def get_logits(model, dataloader):
     if not normalised:
         raise InputError(
             "The images are floats within [0, 1] or [0, 255], so not normalised: pass uint8 "
-            "images, or normalise them with MEAN and STD of ood_data.py."
+            "images, or use MEAN and STD of ood_data.py."
         )
     return torch.cat(logits), torch.cat(labels)
 
@@ -202,10 +202,8 @@ def as_scores(scores, group):
     scores = np.asarray(scores, dtype=np.float64)
     bad = np.sum(~np.isfinite(scores))
     if bad or scores.size == 0 or scores.squeeze().ndim > 1:
-        raise InputError(
-            f"{group} scores must be finite, one for each image and at least one: "
-            f"the shape is {scores.shape}, {bad} are not finite."
-        )
+        found = f"the shape is {scores.shape}, {bad} are not finite"
+        raise InputError(f"{group} scores must be finite, (N,) with N > 0: {found}.")
     return scores.ravel()
 
 
