@@ -297,16 +297,21 @@ def images_of(results, counts):
 # Score and measure ----------------------------------------------------------------------
 
 
+def all_scores(logits):
+    """float64 (N, len(SCORES) + 1): every score; in the last column the predicted class."""
+    columns = [score(logits) for score in SCORES.values()]
+    return torch.stack([*columns, logits.argmax(1).double()], dim=1)
+
+
 def score_sets(model, loaders):
     """{name: scores float64 (N, len(SCORES))} and {name: predictions int64 (N,)} of every set."""
     scores, predictions = {}, {}
     for name, loader in loaders.items():
-        logits, _ = ood_utils.get_logits(model, loader)
-        columns = [score(logits.double()) for score in SCORES.values()]
-        scores[name] = torch.stack(columns, dim=1).numpy()
-        predictions[name] = logits.argmax(1).numpy()
-        if not np.isfinite(scores[name]).all():
+        columns = ood_utils.get_ood_scores(model, loader, score=all_scores)
+        if not np.isfinite(columns).all():
             raise InputError(f"scores of {name} are not finite: leave this checkpoint out.")
+        scores[name] = columns[:, :-1]
+        predictions[name] = columns[:, -1].astype(np.int64)
     return scores, predictions
 
 
