@@ -6,14 +6,17 @@ import io
 import os
 import pickle
 import runpy
+import shutil
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torchvision import datasets
 
 import train
@@ -49,14 +52,17 @@ def command(monkeypatch, capsys):
 
 
 def tiny_network(num_classes=100, stem=None):
-    layers = [torch.nn.Conv2d(3, 8, 3, 2, bias=False), torch.nn.BatchNorm2d(8), torch.nn.ReLU()]
-    layers += [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, num_classes)]
-    return torch.nn.Sequential(*layers)
+    """With batch norm, a convolution of small maps, and dropout: a resumed run needs each."""
+    width = 8 if stem == "cifar" else 16
+    layers = [nn.Conv2d(3, width, 16, 16, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    layers += [nn.Conv2d(width, 16, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten()]
+    layers += [nn.Dropout(0.1), nn.Linear(64, num_classes)]
+    return train.shorten_small_maps(nn.Sequential(*layers))
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Where a test is about files, not about the network."""
+    """Another network in build_network, for tests that are not about the network."""
     monkeypatch.setattr(train, "build_network", tiny_network)
 
 
@@ -99,6 +105,46 @@ def same_bits(path, other):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    write_class_folder(folder / "pets")
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+        patch.setattr(train, "build_network", tiny_network)
+        patch.setattr(train, "SAVE_SECONDS", 0)
+        train.train_model(train.Config(dataset="digits", epochs=2, lr=0.05, device="cpu"))
+        train_quietly("pets", "a.pth", epochs=1)
+        train_quietly("pets", "whole.pth", lr=0.03)
+        interrupted = mock.Mock(side_effect=[0.5, KeyboardInterrupt])  # after two epochs
+        patch.setattr(train, "get_accuracy", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_quietly("pets", "cut.pth")
+    return folder
+
+
+@pytest.fixture
+def in_tiny_run(tiny_folder, tmp_path, tiny, monkeypatch):
+    """A folder of the test's own with digits_resnet18.pth, of the tiny network, and its log."""
+    monkeypatch.chdir(shutil.copytree(tiny_folder, tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def cut_run(in_tiny_run):
+    """(data set, checkpoint, state) of a tiny run that was interrupted in its second epoch."""
+    return in_tiny_run / "pets", in_tiny_run / "cut.pth", in_tiny_run / "cut.resume.pth"
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every download fails at once, as on a machine without a network."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
 def interrupt_after(monkeypatch, steps):
     """Ctrl-C after so many training steps."""
     count, real_step = iter(range(10**9)), train.train_step
@@ -109,18 +155,6 @@ def interrupt_after(monkeypatch, steps):
         return real_step(*args)
 
     monkeypatch.setattr(train, "train_step", step)
-
-
-@pytest.fixture(scope="module")
-def cut_run(tmp_path_factory):
-    """(data set, checkpoint, state) of a run that was interrupted in its second epoch."""
-    folder = tmp_path_factory.mktemp("cut")
-    write_class_folder(folder / "pets")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "SAVE_SECONDS", 0)
-        interrupt_after(patch, 3)
-        train_quietly(folder / "pets", folder / "cut.pth")
-    return folder / "pets", folder / "cut.pth", folder / "cut.resume.pth"
 
 
 @pytest.fixture(scope="session")
@@ -165,16 +199,6 @@ def cifar100_files(tmp_path, monkeypatch):
         files = [[split, md5_of(folder / split)]]
         monkeypatch.setattr(datasets.CIFAR100, f"{split}_list", files)
     return tmp_path / "data", images.reshape(-1, 3, 32, 32), labels
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Every download fails at once, as on a machine without a network."""
-
-    def refuse(*args, **kwargs):
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
 
 
 class Payload:
