@@ -1,6 +1,7 @@
 """The experiments on digits, against torchvision's network and figures known by hand."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -12,13 +13,7 @@ import ood_data
 import test as evaluation
 import train
 from experiments import detectors, published_test_pass
-from ood_utils import InputError, get_features, get_performance, last_layer
-
-CHECKPOINT = "digits_resnet18.pth"
-
-
-def config(folder, *sets):
-    return evaluation.Config((CHECKPOINT,), ood_types=sets, output=str(folder), device="cpu")
+from ood_utils import InputError, get_features, get_performance
 
 
 def cells(capsys):
@@ -26,25 +21,21 @@ def cells(capsys):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
 
 
-def test_the_published_test_pass_is_a_test_in_train_mode(in_digits_run):
+def test_the_published_test_pass_is_a_test_in_train_mode(in_tiny_run, monkeypatch):
     """The statistics that a network has after the usual loop without model.eval()."""
     loader = train.get_loader(False, "digits", batch_size=128)
-    model = train.load_network(CHECKPOINT)
+    model = train.load_network("digits_resnet18.pth")
     full = copy.deepcopy(model)
     with torch.no_grad():
         for images, _ in loader:  # 128, 128 and 104
             full.train()(images)
     published_test_pass.published_test_pass(model, loader.images, np.arange(360))
     assert not model.training
-    expected = full.state_dict()
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
-
-
-def test_a_last_batch_of_one_image_is_refused(in_digits_run, tmp_path, monkeypatch):
+    torch.testing.assert_close(model.state_dict(), full.state_dict(), rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(published_test_pass, "BATCH_SIZE", 359)
     with pytest.raises(InputError, match="last batch of one image"):
-        published_test_pass.ask(config(tmp_path, "photos"))
+        settings = {"ood_types": "photos", "output": "."}
+        published_test_pass.ask(evaluation.Config("digits_resnet18.pth", **settings))
 
 
 def test_the_table_of_the_test_pass_by_hand(capsys):
@@ -59,41 +50,46 @@ def test_the_table_of_the_test_pass_by_hand(capsys):
     results = {"config": {"dataset": "cifar100", "score": "msp"}, "skipped": {}, "rows": rows}
     published_test_pass.print_tables(results)
     title, _, error_rate, auroc, aupr, _ = cells(capsys)
-    assert title[1:] == [
-        "before", "after", "between orders", "after, range", "published", "in the range"
-    ]  # fmt: skip
-    after = f"{(46.25 + 47.75) / 2:.2f} +- {1.5 / 2**0.5:.2f}"
-    before = "43.50 +- 0.71"
+    titles = "before|after|between orders|after, range|published|in the range"
+    assert "|".join(title[1:]) == titles
+    before, after = "43.50 +- 0.71", f"{(46.25 + 47.75) / 2:.2f} +- {1.5 / 2**0.5:.2f}"
     assert error_rate[1:] == [before, after, "0.50", "46.00 to 48.00", "46.30", "yes"]
     assert auroc[4:] == ["81.00 to 82.00", "81.98", "yes"]
     assert aupr[4:] == ["50.00 to 50.00", "85.74", "no, by 35.74"]
 
 
-def fit_last_layer(checkpoint):
-    """By least squares on the training images: a few epochs of some networks miss a class."""
-    model = train.load_network(CHECKPOINT)
-    loader = train.get_loader(True, "digits", augment=False)
-    features = get_features(model, loader)
-    targets = torch.nn.functional.one_hot(loader.labels).double()
-    last = last_layer(model)
-    solution = torch.linalg.lstsq(features.double(), targets, driver="gelsd").solution
-    last.weight.data = solution.T.float().contiguous() * 10
-    last.bias.data.zero_()
-    torch.save(model.state_dict(), checkpoint)
+@pytest.fixture
+def wide_checkpoint(tmp_path, monkeypatch):
+    """Random features, as ViM wants over 256; a last layer by least squares knows every class."""
 
+    def build_network(num_classes, stem):
+        layers = torch.nn.Conv2d(3, 300, 32), torch.nn.ReLU(), torch.nn.Flatten()
+        return torch.nn.Sequential(*layers, torch.nn.Linear(300, num_classes))
 
-def test_detectors_are_those_of_the_library(in_digits_run, tmp_path, monkeypatch):
-    """MaxSoftmax is test.py's MSP; KNN is the distance to the 50th neighbour, by torch.cdist."""
-    fit_last_layer(tmp_path / "probe.pth")
+    monkeypatch.setattr(train, "build_network", build_network)
     monkeypatch.chdir(tmp_path)
-    options = {"dataset": "digits", "ood_types": ("photos",), "output": ".", "device": "cpu"}
-    results = detectors.compare(evaluation.Config(("probe.pth",), **options))
+    torch.manual_seed(0)
+    model = build_network(10, "imagenet")
+    loader = train.get_loader(True, "digits", augment=False)
+    features = get_features(model, loader).double()
+    targets = torch.nn.functional.one_hot(loader.labels).double()
+    solution = torch.linalg.lstsq(features, targets, driver="gelsd").solution
+    weights = {"3.weight": solution.T.float() * 10, "3.bias": torch.zeros(10)}
+    torch.save(model.state_dict() | weights, "wide.pth")
+    return "wide.pth"
+
+
+def test_detectors_are_those_of_the_library(wide_checkpoint, tmp_path):
+    """MaxSoftmax is test.py's MSP; KNN is the distance to the 50th neighbour, by torch.cdist."""
+    options = {"dataset": "digits", "output": ".", "device": "cpu"}
+    settings = evaluation.Config(wide_checkpoint, ood_types="photos", **options)
+    results = detectors.compare(settings)
     aurocs = {row["detector"]: row for row in results["rows"]}
     assert len(aurocs) == 21
     for name in ("MaxSoftmax", "MaxLogit", "EnergyBased", "Entropy"):
         row = aurocs[name]
         assert row["auroc"] == pytest.approx(row["auroc_of_test_py"], abs=0.01)
-    model = train.load_network("probe.pth")
+    model = train.load_network(wide_checkpoint)
     known = normalize(get_features(model, train.get_loader(True, "digits", augment=False)).double())
     loaders = train.get_loader(False, "digits"), ood_data.build_ood_loader("photos", 72)
     features = [normalize(get_features(model, loader).double()) for loader in loaders]
@@ -102,7 +98,7 @@ def test_detectors_are_those_of_the_library(in_digits_run, tmp_path, monkeypatch
     assert aurocs["KNN"]["auroc"] == pytest.approx(expected, abs=0.05)
     assert json.loads((tmp_path / "detectors.json").read_text())["rows"] == results["rows"]
     with pytest.raises(InputError, match="pass --ood-types"):
-        detectors.compare(evaluation.Config(("probe.pth",), dataset="digits", ood_types=()))
+        detectors.compare(dataclasses.replace(settings, ood_types=()))
 
 
 def test_the_tables_of_the_detectors_by_hand(capsys):

@@ -37,15 +37,10 @@ def arrays_of(kind):
     return {key.removeprefix(prefix): ARRAYS[key] for key in ARRAYS if key.startswith(prefix)}
 
 
-# Weights, scores, figures
-
-
-@pytest.mark.parametrize("name", [
-    "cifar100_seed0.ood", "cifar100_seeds.ood", "published_test_pass", "detectors"
-])  # fmt: skip
-def test_the_figures_are_of_these_weights(name):
+def test_the_figures_are_of_these_weights():
     digest = hashlib.sha256(PATH.read_bytes()).hexdigest()
-    assert read(f"{name}.json")["checkpoints"][0]["sha256"] == digest
+    for name in ("cifar100_seed0.ood", "cifar100_seeds.ood", "published_test_pass", "detectors"):
+        assert read(f"{name}.json")["checkpoints"][0]["sha256"] == digest, name
 
 
 def test_every_figure_follows_from_the_raw_scores(monkeypatch):
@@ -60,31 +55,29 @@ def test_every_figure_follows_from_the_raw_scores(monkeypatch):
                 assert stored[name] == pytest.approx(value, abs=1e-9), name
 
 
-@pytest.mark.parametrize("name", [*ood_data.NOISES, "photos"])
-def test_the_raw_scores_follow_from_the_weights(name):
-    """By torchvision's network, of the sets that need no download."""
-    if name not in arrays_of("scores"):
-        pytest.skip("a noise that was added")
+def test_the_raw_scores_follow_from_the_weights():
+    """By torchvision's network, of the first images of the sets that need no download."""
     model = resnet18(num_classes=100)
     model.load_state_dict(torch.load(PATH, weights_only=True))
-    logits, _ = ood_utils.get_logits(model, ood_data.build_ood_loader(name, 2000))
-    scores = [getattr(ood_utils, score)(logits.double()) for score in STORED_SCORES]
-    stored = arrays_of("scores")[name]
-    np.testing.assert_allclose(torch.stack(scores, dim=1), stored, rtol=0, atol=1e-4)
-    same = logits.argmax(1).numpy() == arrays_of("predictions")[name]
-    assert same.mean() > 0.999  # a tie may fall the other way on another processor
+    for name in ("gaussian", "rademacher", "blob", "photos"):
+        logits, _ = ood_utils.get_logits(model, ood_data.build_ood_loader(name, 500))
+        scores = [getattr(ood_utils, score)(logits.double()) for score in STORED_SCORES]
+        stored = arrays_of("scores")[name][:500]
+        np.testing.assert_allclose(torch.stack(scores, dim=1), stored, rtol=0, atol=1e-4)
+        same = logits.argmax(1).numpy() == arrays_of("predictions")[name][:500]
+        assert same.mean() > 0.99  # a tie may fall the other way on another processor
 
 
-def test_every_evaluated_run_has_its_log_of_the_full_recipe():
+def error_rate(log):
+    return 100 * (1 - log["epochs"][-1]["test_accuracy"])
+
+
+def test_every_evaluated_run_has_its_log():
     for seed, run in enumerate(SEEDS["checkpoints"]):
         log = json.loads((ROOT / run["path"]).with_suffix(".json").read_text())
         recipe = {"dataset": "cifar100", "epochs": 100, "batch_size": 128, "lr": 0.1, "seed": seed}
         assert recipe.items() <= log["config"].items() and len(log["epochs"]) == 100
-        error_rate = 100 * (1 - log["epochs"][-1]["test_accuracy"])
-        assert error_rate == pytest.approx(run["error_rate"], abs=0.1)  # float16 moves it
-
-
-def test_every_compared_run_has_its_log():
+        assert error_rate(log) == pytest.approx(run["error_rate"], abs=0.1)  # float16 moves it
     for name, epochs in (("wd5e-4", 100), ("steps30", 30), ("cosine30", 30)):
         runs = read(f"{name}.ood.json")["checkpoints"]
         digests = [run["sha256"] for run in SEEDS["checkpoints"]]
@@ -93,11 +86,7 @@ def test_every_compared_run_has_its_log():
             log = read(f"{name}_seed{seed}.json")
             assert train.trained_with(log) == run["training"]["settings"] | {"seed": seed}
             assert log["config"]["epochs"] == len(log["epochs"]) == epochs
-            error_rate = 100 * (1 - log["epochs"][-1]["test_accuracy"])
-            assert error_rate == pytest.approx(run["error_rate"], abs=0.02)
-
-
-# READMEs
+            assert error_rate(log) == pytest.approx(run["error_rate"], abs=0.02)
 
 
 def test_ci_runs_the_set_up_commands_of_the_readme():
@@ -151,20 +140,18 @@ def test_the_findings_follow_from_the_files(capsys):
     assert list(ranks.loc["Mahalanobis"]) == [20, 1] and list(ranks.loc["DICE"]) == [5, 21]
     wins = rows.pivot_table("auroc", ["set", "checkpoint"], "detector")
     wins = wins.gt(wins["MaxSoftmax"], axis=0)
-    assert not wins.all().any() and list(wins.index[~wins["RMD"]].get_level_values(0)) == [
-        "rademacher"
-    ]
+    exceptions = wins.index[~wins["RMD"]].get_level_values(0)
+    assert not wins.all().any() and list(exceptions) == ["rademacher"]
     published_test_pass.print_tables(read("published_test_pass.json"))
     cells = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:18]]
     assert sum(row[-2].strip() == "yes" for row in cells) == 13
 
 
-def test_the_python_examples_run(in_digits_run, capsys):
+def test_the_python_examples_run(in_tiny_run, capsys):
     """A threshold for one image, a score from features, a detector of pytorch-ood."""
-    checkpoint = ("digits_resnet18.pth",)
-    evaluation.evaluate(evaluation.Config(checkpoint, ood_types=("gaussian",)))
-    write_images(in_digits_run / "images", 1)
-    (in_digits_run / "images/000.png").rename(in_digits_run / "image.png")
+    evaluation.evaluate(evaluation.Config("digits_resnet18.pth", ood_types="gaussian"))
+    write_images(in_tiny_run / "images", 1)
+    (in_tiny_run / "images/000.png").rename("image.png")
     snippets = re.findall(r"^```python\n(.*?)^```$", EXPERIMENTS, re.MULTILINE | re.DOTALL)
     said = []
     for snippet in snippets:
