@@ -1,10 +1,7 @@
 """What the tests share: the command lines as a user starts them, and small data sets."""
 
 import contextlib
-import hashlib
-import io
 import os
-import pickle
 import runpy
 import shutil
 import signal
@@ -17,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torchvision import datasets
 
 import train
 
@@ -143,69 +139,3 @@ def no_network(monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-
-
-def interrupt_after(monkeypatch, steps):
-    """Ctrl-C after so many training steps."""
-    count, real_step = iter(range(10**9)), train.train_step
-
-    def step(*args):
-        if next(count) == steps:
-            raise KeyboardInterrupt
-        return real_step(*args)
-
-    monkeypatch.setattr(train, "train_step", step)
-
-
-@pytest.fixture(scope="session")
-def digits_run(tmp_path_factory):
-    """(folder, what train.py printed) of two epochs on digits."""
-    folder = tmp_path_factory.mktemp("digits")
-    flags = "--dataset digits --epochs 2 --lr 0.05 --batch-size 64 --device cpu"
-    out = io.TextIOWrapper(io.BytesIO())
-    redirected = contextlib.redirect_stdout(out)
-    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder), redirected:
-        patch.setattr(sys, "argv", ["train.py", *flags.split()])
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    out.seek(0)
-    return folder, out.read()
-
-
-@pytest.fixture
-def in_digits_run(digits_run, monkeypatch):
-    monkeypatch.chdir(digits_run[0])
-    return digits_run[0]
-
-
-def md5_of(path):
-    return hashlib.md5(path.read_bytes()).hexdigest()
-
-
-@pytest.fixture
-def cifar100_files(tmp_path, monkeypatch):
-    """(data root, train images, train labels) of a small CIFAR-100 in its own format."""
-    folder = tmp_path / "data/cifar-100-python"
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for split, count in (("test", 20), ("train", 40)):
-        images = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-        labels = (np.arange(count) % 100).tolist()
-        (folder / split).write_bytes(pickle.dumps({"data": images, "fine_labels": labels}))
-    names = [f"class {i}" for i in range(100)]
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
-    meta = {**datasets.CIFAR100.meta, "md5": md5_of(folder / "meta")}
-    monkeypatch.setattr(datasets.CIFAR100, "meta", meta)
-    for split in ("train", "test"):
-        files = [[split, md5_of(folder / split)]]
-        monkeypatch.setattr(datasets.CIFAR100, f"{split}_list", files)
-    return tmp_path / "data", images.reshape(-1, 3, 32, 32), labels
-
-
-class Payload:
-    """Pickled, it creates a file when it is loaded by a pickle that executes code."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return io.open, (self.path, "w")
