@@ -1,6 +1,5 @@
 """Did it help? Runs that are kept apart, grouped by setting, and compared with intervals."""
 
-import itertools
 import json
 import re
 import shutil
@@ -14,7 +13,6 @@ from conftest import ROOT, same_bits, train_quietly, write_images
 from scipy import stats
 
 import ood_data
-import ood_utils
 import test as evaluation
 import train
 from ood_utils import InputError
@@ -22,15 +20,15 @@ from ood_utils import InputError
 SETS = ("right / wrong", "gaussian", "blob", "svhn", "photos")
 
 
-def make_evaluation(path, seed, figures, **settings):
+def make_evaluation(path, seed, figures, epochs_done=3, **settings):
     """What test.py writes of a run, with an AUROC for each of SETS after the error rate."""
     error_rate, *aurocs = figures
     run = {"path": path, "sha256": path, "error_rate": error_rate, "threshold": {"msp": 0.5}}
     if settings:
         settings = {"weight_decay": 1e-4, "stem": "imagenet", "images": 50000} | settings
-        run["training"] = {"seed": seed, "settings": settings, "epochs_done": 3, "accuracy": []}
+        run["training"] = {"seed": seed, "settings": settings, "epochs_done": epochs_done}
     row = {"checkpoint": path, "score": "msp"}
-    rows = [row | {"set": name, "auroc": a} for name, a in zip(SETS, aurocs, strict=False)]
+    rows = [row | {"set": name, "auroc": a} for name, a in zip(SETS, aurocs, strict=True)]
     config = {"dataset": "none", "score": "msp", "seed": 0, "ood_types": SETS[1:]}
     results = {"config": config, "skipped": {}, "checkpoints": [run], "rows": rows}
     return results | {"sets": [{"checkpoint": path, "set": name, "images": 9} for name in SETS]}
@@ -55,16 +53,11 @@ def lines_of(figures):
 def test_two_settings_with_the_same_seeds_are_compared_by_pairs(capsys):
     """In whatever order; by the formula of the paired t interval."""
     base, tweak = draw_figures(3), draw_figures(3, seed=1) + [0, 9, 9, 9, 9, 9]
-    evaluations = [
-        make_evaluation(f"base{seed}.pth", seed, base[seed], weight_decay=1e-4) for seed in range(3)
-    ]
-    evaluations += [
-        make_evaluation(f"{seed}.pth", seed, tweak[seed], weight_decay=5e-4) for seed in (2, 0, 1)
-    ]
+    evaluations = [make_evaluation(f"b{i}", i, base[i], weight_decay=1e-4) for i in range(3)]
+    evaluations += [make_evaluation(f"{i}", i, tweak[i], weight_decay=5e-4) for i in (2, 0, 1)]
     results = evaluation.combine([], evaluations)
     groups = [run["group"] for run in results["checkpoints"]]
     assert groups == ["weight_decay 0.0001"] * 3 + ["weight_decay 0.0005"] * 3
-    assert {row["group"] for row in evaluations[0]["rows"]} == {"weight_decay 0.0001"}
     table = evaluation.compare(results)
     assert list(table.index) == ["error rate", *SETS, "mean of noises", "mean of image sets"]
     first, second, difference = table.columns
@@ -123,46 +116,34 @@ def test_one_run_against_one_has_no_interval(capsys):
     assert line.split("|")[-2].strip() == f"{np.ptp(svhn):.2f}"
 
 
-def names_of(*runs, earlier=0):
-    evaluations = [
-        make_evaluation(f"{i}.pth", i, draw_figures(1)[0], **run) for i, run in enumerate(runs)
-    ]
-    results = evaluation.combine(evaluations[:earlier], evaluations[earlier:])
-    return [run["group"] for run in results["checkpoints"]]
-
-
-def test_groups_are_named_by_what_differs():
-    assert names_of({"lr": 0.1, "code": "a"}, {"lr": 0.1, "code": "a"}) == ["0", "0"]
-    assert names_of({"lr": 0.1, "code": "a"}, {"lr": 0.1, "code": "b"}) == ["code a", "code b"]
-    assert names_of({"lr": 0.1, "code": "a"}, {"lr": 0.2, "code": "b"}) == ["lr 0.1", "lr 0.2"]
-    two = names_of({"lr": 0.1, "stem": "x"}, {"lr": 0.2, "stem": "x"}, {"lr": 0.1, "stem": "y"})
-    assert two == ["stem x, lr 0.1", "stem x, lr 0.2", "stem y, lr 0.1"]
-    assert names_of({}, {}) == ["0", "1"]  # without logs nobody knows
+@pytest.mark.parametrize("runs,earlier,names", [
+    ([{"lr": 0.1, "code": "a"}, {"lr": 0.1, "code": "a"}], 0, ["0", "0"]),
+    ([{"lr": 0.1, "code": "a"}, {"lr": 0.1, "code": "b"}], 0, ["code a", "code b"]),
+    ([{"lr": 0.1, "code": "a"}, {"lr": 0.2, "code": "b"}], 0, ["lr 0.1", "lr 0.2"]),
+    ([{"lr": 0.1, "stem": "x"}, {"lr": 0.2, "stem": "x"}, {"lr": 0.1, "stem": "y"}], 0,
+     ["stem x, lr 0.1", "stem x, lr 0.2", "stem y, lr 0.1"]),
+    ([{"lr": 0.1}, {"lr": 0.1, "epochs_done": 2}], 0, ["epochs_done 3", "epochs_done 2"]),
+    ([{"lr": 0.1}, {"lr": 0.1, "epochs_done": 2}, {"lr": 0.2}], 0,
+     ["lr 0.1, epochs_done 3", "lr 0.1, epochs_done 2", "lr 0.2, epochs_done 3"]),
     # A log without code matches any, but the group then has one code.
-    assert names_of({"lr": 0.1}, {"lr": 0.1, "code": "a"}, {"lr": 0.1, "code": "b"}) == [
-        "code a", "code a", "code b"
-    ]  # fmt: skip
-    unfinished = make_evaluation("b.pth", 1, draw_figures(1)[0], lr=0.1)
-    unfinished["checkpoints"][0]["training"]["epochs_done"] = 2
-    pair = [make_evaluation("a.pth", 0, draw_figures(1)[0], lr=0.1), unfinished]
-    groups = [run["group"] for run in evaluation.combine([], pair)["checkpoints"]]
-    assert groups == ["epochs_done 3", "epochs_done 2"]
-    lr = make_evaluation("c.pth", 2, draw_figures(1)[0], lr=0.2)
-    groups = [run["group"] for run in evaluation.combine([], [*pair, lr])["checkpoints"]]
-    assert groups[1:] == ["lr 0.1, epochs_done 2", "lr 0.2, epochs_done 3"]
-    same_file_names = [make_evaluation(f"{d}/m.pth", 0, draw_figures(1)[0]) for d in "ab"]
-    groups = [run["group"] for run in evaluation.combine([], same_file_names)["checkpoints"]]
-    assert groups == ["a/m.pth", "b/m.pth"]
+    ([{"lr": 0.1}, {"lr": 0.1, "code": "a"}, {"lr": 0.1, "code": "b"}], 0,
+     ["code a", "code a", "code b"]),
     # Earlier evaluations have groups of their own.
-    assert names_of({"lr": 0.1}, {"lr": 0.1}, {"lr": 0.1, "code": "a"}, earlier=2) == [
-        "0",
-        "0",
-        "2",
-    ]
+    ([{"lr": 0.1}, {"lr": 0.1}, {"lr": 0.1, "code": "a"}], 2, ["0", "0", "2"]),
+    ([{}, {}], 0, ["0", "1"]),  # without logs nobody knows
+    ([{"path": "a/m.pth"}, {"path": "b/m.pth"}], 0, ["a/m.pth", "b/m.pth"]),
+])  # fmt: skip
+def test_groups_are_named_by_what_differs(runs, earlier, names):
+    evaluations = []
+    for i, run in enumerate(runs):
+        known = {"path": f"{i}.pth", "seed": i, "figures": draw_figures(1)[0]}
+        evaluations.append(make_evaluation(**known | run))
+    results = evaluation.combine(evaluations[:earlier], evaluations[earlier:])
+    assert [run["group"] for run in results["checkpoints"]] == names
 
 
 def copy_run(folder, name, seed, shift, **settings):
-    """A run with the log of the digits run, but for its seed, its settings and a few logits."""
+    """A copy of the digits run with another seed, other settings and a few other logits."""
     state = torch.load("digits_resnet18.pth", weights_only=True)
     *_, bias = state
     state[bias] = state[bias] + shift * torch.linspace(-1, 1, 10)
@@ -173,7 +154,7 @@ def copy_run(folder, name, seed, shift, **settings):
     return str(folder / f"{name}.pth")
 
 
-def test_runs_are_compared_from_the_command_line(in_digits_run, tmp_path, command):
+def test_runs_are_compared_from_the_command_line(in_tiny_run, tmp_path, command):
     """Own files for each run, one of all; earlier evaluations without their weights."""
     base = [copy_run(tmp_path, f"base{seed}", seed, 0.1 * seed) for seed in range(2)]
     tweak = [copy_run(tmp_path, f"t{seed}", seed, 2 + 0.3 * seed, lr=0.9) for seed in range(2)]
@@ -218,7 +199,7 @@ def test_runs_are_compared_from_the_command_line(in_digits_run, tmp_path, comman
         assert status == 2 and "has the weights of" in err
 
 
-def test_the_shipped_results_are_not_written_over(in_digits_run, tmp_path, monkeypatch):
+def test_the_shipped_results_are_not_written_over(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "RESULTS", tmp_path)
     config = evaluation.Config()
     assert evaluation.output_path(config, tmp_path / "a.pth", ".x").parent == Path()
@@ -226,21 +207,16 @@ def test_the_shipped_results_are_not_written_over(in_digits_run, tmp_path, monke
     assert evaluation.output_path(config, tmp_path / "a.pth", ".x") == tmp_path / "a.x"
 
 
-# A finished run is kept
-
-
 def files_of(folder, stem):
     return {path.name.removeprefix(stem): path.read_bytes() for path in folder.glob(f"{stem}.*")}
 
 
 @pytest.fixture
-def finished(class_folder, tmp_path, tiny):
+def finished(in_tiny_run):
     """(data set, checkpoint, its files) of a finished run that was evaluated."""
-    path = tmp_path / "a.pth"
-    train_quietly(class_folder, path, epochs=1)
     for ending in ("json", "npz", "png"):
-        (tmp_path / f"a.ood.{ending}").write_bytes(ending.encode())
-    return class_folder, path, files_of(tmp_path, "a")
+        (in_tiny_run / f"a.ood.{ending}").write_bytes(ending.encode())
+    return in_tiny_run / "pets", in_tiny_run / "a.pth", files_of(in_tiny_run, "a")
 
 
 @pytest.mark.parametrize("option,message", [
@@ -252,63 +228,48 @@ def test_a_finished_run_of_another_kind_is_kept(finished, option, message, monke
     folder, path, before = finished
     if not option:
         monkeypatch.setattr(train, "digest_code", lambda: "edited")
-    for number in (1, 2):
-        train_quietly(folder, path, epochs=1, **option)
-        out = capsys.readouterr().out
-        if number == 1:
-            assert re.search(f"kept the finished run as .*a.1.pth \\({message}\\)", out)
-            assert f"test.py --checkpoint {path.with_name('a.1.pth')} {path}" in out
-            assert "starting over" not in out
-        else:  # the same again starts over
-            assert "starting over: the first save replaces" in out and "kept" not in out
-        assert files_of(path.parent, "a.1") == before
+    train_quietly(folder, path, epochs=1, **option)
+    out = capsys.readouterr().out
+    assert re.search(f"kept the finished run as .*a.1.pth \\({message}\\)", out)
+    assert f"test.py --checkpoint {path.with_name('a.1.pth')} {path}" in out
+    assert "starting over" not in out
+    train_quietly(folder, path, epochs=1, **option)  # the same again starts over
+    out = capsys.readouterr().out
+    assert "starting over: the first save replaces" in out and "kept" not in out
+    assert files_of(path.parent, "a.1") == before
     assert not path.with_name("a.2.pth").exists() and path.exists()
 
 
-def test_kept_runs_take_free_names_only(finished):
+@pytest.mark.parametrize("moves", range(17))
+def test_a_kill_before_a_file_is_moved_loses_nothing(finished, moves, monkeypatch, capsys):
+    """First the five files of the kept run, then in each of four epochs state, checkpoint, log."""
     folder, path, before = finished
-    path.with_name("a.1.pth").write_bytes(b"a checkpoint of a user")
-    train_quietly(folder, path, epochs=1, lr=0.03)
-    assert path.with_name("a.1.pth").read_bytes() == b"a checkpoint of a user"
-    assert files_of(path.parent, "a.2") == before
+    moved = []
 
+    def until_killed(operation):
+        def run(*args, **options):
+            if len(moved) == moves:
+                raise KeyboardInterrupt
+            operation(*args, **options)
+            moved.append(Path(args[-1]).name)
 
-@pytest.mark.parametrize("moves", range(5))
-def test_a_kill_while_a_run_is_kept_loses_nothing(finished, moves, monkeypatch):
-    folder, path, before = finished
-    real_replace, count = train.os.replace, itertools.count()
+        return run
 
-    def replace(old, new):
-        if next(count) == moves:
-            raise KeyboardInterrupt
-        real_replace(old, new)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.os, "replace", replace)
-        train_quietly(folder, path, epochs=1, lr=0.03)
-    train_quietly(folder, path, epochs=1, lr=0.03)
-    assert files_of(path.parent, "a.1") == before
-    assert json.loads(path.with_suffix(".json").read_text())["config"]["lr"] == 0.03
-
-
-def test_a_first_save_that_was_cut_short_is_no_other_run(class_folder, tmp_path, tiny, monkeypatch):
-    """Killed between checkpoint and log: the next start goes on, or starts over."""
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-    real_write = ood_utils.write_file
-
-    def write(path, content):
-        if path.suffix == ".json":
-            raise KeyboardInterrupt
-        real_write(path, content)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ood_utils, "write_file", write)
-        train_quietly(class_folder, tmp_path / "a.pth")
-    assert (tmp_path / "a.pth").exists() and not (tmp_path / "a.json").exists()
-    train_quietly(class_folder, tmp_path / "a.pth", resume=True)
-    train_quietly(class_folder, tmp_path / "whole.pth")
-    assert same_bits(tmp_path / "a.pth", tmp_path / "whole.pth")
-    assert not (tmp_path / "a.1.pth").exists()
+        patch.setattr(train.os, "replace", until_killed(train.os.replace))
+        patch.setattr(Path, "unlink", until_killed(Path.unlink))  # of the last state
+        train_quietly(folder, path, lr=0.03)
+    capsys.readouterr()
+    saves = ["a.resume.pth", "a.pth", "a.json"] * 3 + ["a.pth", "a.json", "a.resume.pth"]
+    assert moved[5:] == saves[: max(moves - 5, 0)]
+    state_is_there = path.with_name("a.resume.pth").exists()
+    train_quietly(folder, path, lr=0.03, resume=state_is_there)
+    saved = min((moves - 3) // 3, 3)
+    assert (f"resuming after epoch {saved} of 4" in capsys.readouterr().out) == (saved > 0)
+    assert same_bits(path, path.with_name("whole.pth"))
+    assert files_of(path.parent, "a.1") == before and not path.with_name("a.2.pth").exists()
+    assert not path.with_name("a.resume.pth").exists()
 
 
 def test_the_name_has_the_seed():
@@ -317,23 +278,17 @@ def test_the_name_has_the_seed():
     assert str(train.checkpoint_path("b.pth", "digits", 3)) == "b.pth"
 
 
-# Code and data
-
-
-def digest_of(edits, tmp_path, monkeypatch):
-    for name in ("train.py", "ood_data.py"):
-        text = (ROOT / name).read_text()
-        for old, new in edits.items():
-            text = text.replace(old, new)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
-    monkeypatch.setattr(ood_data, "__file__", str(tmp_path / "ood_data.py"))
-    return train.digest_code()
-
-
 def test_words_in_the_code_do_not_count_and_what_is_computed_does(tmp_path, monkeypatch):
+    texts = {tmp_path / name: (ROOT / name).read_text() for name in ("train.py", "ood_data.py")}
+    for module, file in zip((train, ood_data), texts, strict=True):
+        monkeypatch.setattr(module, "__file__", str(file))
+
     def digest(edits):
-        return digest_of(edits, tmp_path, monkeypatch)
+        for file, text in texts.items():
+            for old, new in edits.items():
+                text = text.replace(old, new)
+            file.write_text(text)
+        return train.digest_code()
 
     code = digest({})
     words = {
@@ -347,92 +302,43 @@ def test_words_in_the_code_do_not_count_and_what_is_computed_does(tmp_path, monk
     assert digest({"MEAN = (0.4914": "MEAN = (0.5"}) != code
 
 
-def test_a_run_goes_on_with_other_code_and_names_both(cut_run, tmp_path, monkeypatch, capsys):
-    folder, *files = cut_run
-    for file in (*files, files[0].with_suffix(".json")):
-        shutil.copy(file, tmp_path)
-    before = json.loads((tmp_path / "cut.json").read_text())["code"]
-    monkeypatch.setattr(train, "digest_code", lambda: "edited")
-    train_quietly(folder, tmp_path / "cut.pth", resume=True)
-    assert f"the code has changed since: code {before}+edited" in capsys.readouterr().out
-    assert json.loads((tmp_path / "cut.json").read_text())["code"] == f"{before}+edited"
-
-
-@pytest.mark.parametrize("edit,message", [
-    (lambda path: path.rename(path.with_name("ant")), r"classes \['cat'\] -> \['ant'\]"),
-    (lambda path: (path / "000.png").unlink(), "images 24 -> 23, test_images 10 -> 9"),
-    (lambda path: write_images(path.with_name("eel"), 2), r"classes \[\] -> \['eel'\]"),
-])  # fmt: skip
-def test_other_data_is_not_resumed(cut_run, tmp_path, edit, message):
-    """A class renamed in both splits, an image less, a class more; the folder's name is kept."""
-    folder, checkpoint, state = cut_run
-    before = checkpoint.read_bytes(), state.read_bytes()
-    shutil.copytree(folder, tmp_path / "kept")
-    try:
-        for split in ("train", "test"):
-            edit(folder / split / "cat")
-        with pytest.raises(InputError, match=message):
-            train_quietly(folder, checkpoint, resume=True)
-    finally:
-        shutil.rmtree(folder)
-        shutil.copytree(tmp_path / "kept", folder)
-    assert (checkpoint.read_bytes(), state.read_bytes()) == before
-
-
-# Validation
-
-
-def contents_of(images):
-    return {image.numpy().tobytes() for image in images}
+def contents_of(loader):
+    pairs = zip(loader.images, loader.labels.tolist(), strict=True)
+    return {(image.numpy().tobytes(), label) for image, label in pairs}
 
 
 def test_validation_images_are_neither_trained_on_nor_tested_on():
-    loaders = {
-        "rest": train.get_loader(True, "digits", validation=200),
-        "held out": train.get_loader(False, "digits", validation=200),
-        "test": train.get_loader(False, "digits"),
-        "all": train.get_loader(True, "digits"),
-    }
-    counts = {name: len(loader.images) for name, loader in loaders.items()}
-    assert counts == {"rest": 1237, "held out": 200, "test": 360, "all": 1437}
-    images = {name: contents_of(loader.images) for name, loader in loaders.items()}
-    assert images["rest"] | images["held out"] == images["all"]
-    assert not images["held out"] & images["rest"] and not images["held out"] & images["test"]
-    again = train.get_loader(False, "digits", validation=200, seed=5)
-    assert torch.equal(again.images, loaders["held out"].images)
-    known = {
-        image.numpy().tobytes(): label
-        for image, label in zip(loaders["all"].images, loaders["all"].labels, strict=True)
-    }
-    for image, label in zip(again.images, again.labels, strict=True):
-        assert known[image.numpy().tobytes()] == label
+    rest = contents_of(train.get_loader(True, "digits", validation=200))
+    held_out = contents_of(train.get_loader(False, "digits", validation=200))
+    test = contents_of(train.get_loader(False, "digits"))
+    assert (len(rest), len(held_out), len(test)) == (1237, 200, 360)
+    assert rest | held_out == contents_of(train.get_loader(True, "digits"))
+    assert not held_out & rest and not held_out & test
+    assert held_out == contents_of(train.get_loader(False, "digits", validation=200, seed=5))
 
 
-def test_a_run_with_validation_never_reads_the_test_images(in_digits_run, command, monkeypatch):
-    read = ood_data.CLOSED_SETS["digits"]
-    splits = []
-    monkeypatch.setitem(
-        ood_data.CLOSED_SETS,
-        "digits",
-        lambda root, split: (splits.append(split), read(root, split))[1],
-    )
-    config = train.Config(
-        dataset="digits", validation=200, epochs=1, checkpoint="v.pth", device="cpu"
-    )
-    train.train_model(config)
+def test_a_run_with_validation_never_reads_the_test_images(in_tiny_run, command, monkeypatch):
+    read, splits = ood_data.CLOSED_SETS["digits"], []
+
+    def note_split(root, train):
+        splits.append(train)
+        return read(root, train)
+
+    monkeypatch.setitem(ood_data.CLOSED_SETS, "digits", note_split)
+    options = {"dataset": "digits", "checkpoint": "v.pth", "device": "cpu"}
+    train.train_model(train.Config(**options, epochs=1, validation=200))
     assert set(splits) == {True}
-    log = json.loads((in_digits_run / "v.json").read_text())
+    log = json.loads((in_tiny_run / "v.json").read_text())
     assert "test_accuracy" not in log["epochs"][0] and log["validation_images"] == 200
-    flags = ["--checkpoint", "v.pth", "--ood-types", "blob"]
-    status, out, _ = command("test.py", *flags, "--split", "validation")
+    flags = ["--split", "validation", "--ood-types", "blob", "--checkpoint"]
+    status, out, _ = command("test.py", *flags, "v.pth")
     assert status == 0 and "validation images" in out
-    results = json.loads((in_digits_run / "v.ood.json").read_text())
+    results = json.loads((in_tiny_run / "v.ood.json").read_text())
     (run,) = results["checkpoints"]
     assert run["error_rate"] == pytest.approx(100 * (1 - log["epochs"][0]["validation_accuracy"]))
-    assert {(row["positives"], row["negatives"]) for row in results["rows"][1:2]} == {(200, 40)}
-    status, _, err = command(
-        "test.py", "--checkpoint", "digits_resnet18.pth", "--split", "validation"
-    )
+    *_, row = results["rows"]
+    assert (row["set"], row["positives"], row["negatives"]) == ("blob", 200, 40)
+    status, _, err = command("test.py", *flags, "digits_resnet18.pth")
     assert status == 2 and "--validation NUMBER" in err
 
 
