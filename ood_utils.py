@@ -119,10 +119,10 @@ def get_logits(model, dataloader):
 
 
 def looks_normalised(images):
-    """False for float images in [0, 1] or [0, 255]; normalised pixels are within -2.5 and 3."""
+    """False for float images in about [0, 1] or [0, 255]; normalised ones are within -2.5 and 3."""
     if images.dtype == torch.uint8 or images.ndim != 4:
         return True
-    return bool(images.amin() < 0 or 1 < images.amax() < 3)
+    return bool(images.amin() < -0.5 or 1.3 < images.amax() < 3)  # resizing may overshoot
 
 
 def split_batch(batch):
@@ -161,8 +161,10 @@ def get_features(model, dataloader):
 
 def last_layer(model):
     """The last nn.Linear of a network, which turns features into logits."""
-    *_, last = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return last
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise InputError("The network needs an nn.Linear that gives the logits.")
+    return layers[-1]
 
 
 @contextlib.contextmanager
@@ -350,7 +352,7 @@ def lock(path, wait):
     try:
         held.acquire()
     except filelock.Timeout as error:
-        message = f"Another run is writing beside {path}: pass another --checkpoint."
+        message = f"Another run is writing (lock {path}): pass another --checkpoint."
         raise InputError(message) from error
     except (OSError, NotImplementedError) as error:
         known = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
@@ -370,11 +372,15 @@ def write_file(path, content):
         torch.save(content, buffer)
         content = buffer.getvalue()
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def pick_device(name=None):

@@ -63,7 +63,8 @@ def test_batches_come_in_many_forms(form, network):
 
 
 def test_images_that_are_not_normalised_are_refused(network):
-    for images in (UNIT, IMAGES.float()):
+    resized = UNIT * 1.1 - 0.05  # a bicubic one is a little wider than [0, 1]
+    for images in (UNIT, IMAGES.float(), resized):
         with pytest.raises(InputError, match=r"within \[0, 1\] .*, so not normalised: pass uint8"):
             get_logits(network, [(images, LABELS)])
     get_logits(network, [(normalise(torch.full_like(IMAGES, 255)), LABELS)])
@@ -337,7 +338,7 @@ def test_scores_that_are_not_finite_cost_no_other_checkpoint(in_tiny_run, comman
 def test_paths_are_expanded_or_lead_nowhere(monkeypatch):
     monkeypatch.setenv("SCRATCH", "/scratch")
     assert str(ood_utils.as_path("$SCRATCH/data", "--output")) == "/scratch/data"
-    empty = "--output '.*': is empty: is a shell variable unset"
+    empty = "--output '.*' is empty: is a shell variable unset"
     for text, message in (("", empty), ("a\0b", empty), ("~nosuchuser/x", "home directory")):
         with pytest.raises(InputError, match=message):
             ood_utils.as_path(text, "--output")
