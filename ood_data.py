@@ -13,6 +13,7 @@ To add an OOD set, write its function and a line in NOISES or OOD_IMAGES. To use
 
 import contextlib
 import functools
+import hashlib
 import math
 import os
 import sys
@@ -117,7 +118,7 @@ def read_class_folder(folder, split):
     )
     files = [find_images(folder / split / name) for name in classes]
     if not files or not all(files):
-        raise InputError(f"{folder} needs images in train/<class>/ and {split}/<class>/.")
+        raise InputError(f"{folder} needs images in train/<class>/ and test/<class>/.")
     odd = sorted(set(classes) ^ set(train_classes))
     if odd:
         names = ", ".join(odd)
@@ -213,7 +214,7 @@ def check_ood_name(name, dataset=None):
     overlaps = name == dataset
     if dataset and not is_name and dataset not in CLOSED_SETS:  # two folders
         closed = as_path(dataset, "--dataset").resolve()
-        inside = [folder.is_relative_to(closed / split) for split in ("train", "test")]
+        inside = [folder.is_relative_to(closed / split) for split in ("train", "val", "test")]
         overlaps = closed.is_relative_to(folder) or any(inside)
     if overlaps:
         raise InputError(f"OOD type {name!r} is, or holds, the closed set itself: leave it out.")
@@ -243,12 +244,15 @@ def build_ood_loader(
     check_ood_name(name)
     if name in NOISES:
         rng = np.random.default_rng((seed, *name.encode()))
-        images = torch.as_tensor(NOISES[name](rng, count), dtype=torch.float32)
+        images = torch.as_tensor(NOISES[name](rng, count))
+        images = images if images.dtype == torch.uint8 else images.float()
+        check_images(images, name, (torch.uint8, torch.float32))
     elif name in OOD_IMAGES:
         images = OOD_IMAGES[name](data_root, count)
         check_images(images, name)
     else:
         images, files = read_folder(as_path(name, "OOD type"), count)
+    images = images[:count]
     labels = torch.full((len(images),), -1)
     return ImageLoader(images, labels, batch_size=batch_size, device=device, files=files)
 
@@ -322,11 +326,18 @@ class ImageLoader:
 # Files and downloads --------------------------------------------------------------------
 
 
-def check_images(images, name):
-    """Raise InputError unless an image set is uint8 (N, 3, 32, 32)."""
-    if images.dtype != torch.uint8 or images.shape[1:] != (3, 32, 32):
+def check_images(images, name, dtypes=(torch.uint8,)):
+    """Raise InputError unless there are images (N, 3, 32, 32) of one of the dtypes."""
+    if images.dtype not in dtypes or images.shape[1:] != (3, 32, 32) or not len(images):
         found = f"{images.dtype} {tuple(images.shape)}"
         raise InputError(f"{name} must return images uint8 (N, 3, 32, 32), not {found}.")
+
+
+def digest(loader):
+    """8 hex digits of the SHA-256 of a set's images and labels."""
+    content = hashlib.sha256(loader.images.cpu().contiguous().numpy())
+    content.update(loader.labels.cpu().numpy())
+    return content.hexdigest()[:8]
 
 
 def is_shown(path):

@@ -19,6 +19,7 @@ Exit status 1 if an OOD set or a checkpoint was skipped.
 import hashlib
 import io
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -150,7 +151,7 @@ def load(config):
     if config.name and Path(config.name).name != config.name:
         raise InputError(f"--name {config.name} is a path: pass a name, and --output for a folder.")
     default = train.Config.dataset if config.dataset is None else config.dataset
-    names = as_tuple(config.checkpoint) or [None]
+    names = as_tuple(config.checkpoint) or [train.Config.checkpoint]
     paths = [train.checkpoint_path(name, default, train.Config.seed) for name in names]
     networks = load_networks(paths)
     outputs = [output_path(config, path, "") for path in paths]
@@ -160,8 +161,11 @@ def load(config):
         raise InputError("Checkpoints and --name: two of the same name would share their files.")
     for output in outputs:
         output.parent.mkdir(parents=True, exist_ok=True)
-    log = train.read_log(paths[0])
-    dataset = log["config"]["dataset"] if log and config.dataset is None else default
+        if not os.access(output.parent, os.W_OK):
+            raise InputError(f"{output.parent} cannot be written to: pass --output.")
+    logs = [train.read_log(path) for path in paths]
+    known = [log["config"]["dataset"] for log in logs if log]
+    dataset = known[0] if known and config.dataset is None else default
     sets = name_sets(as_tuple(config.ood_types), dataset)
     device = ood_utils.pick_device(config.device)
     settings = asdict(config) | {"dataset": dataset, "ood_types": list(sets)}
@@ -171,7 +175,6 @@ def load(config):
     print(f"device: {results['device']}, float32", file=sys.stderr)
     validation = 0
     if config.split == "validation":
-        logs = [train.read_log(path) for path in paths]
         held_out = {log["config"].get("validation", 0) if log else 0 for log in logs}
         validation = max(held_out)
         if held_out != {validation} or not validation:
@@ -183,6 +186,9 @@ def load(config):
         check_closed_set(path, model, dataset, test_loader.classes)
         model.to(device)
     loaders, results["skipped"] = build_loaders(config, sets, test_loader, device)
+    results["code"] = train.digest_code(ood_data.__file__, ood_utils.__file__)
+    images = {name: loader for name, loader in loaders.items() if name not in ood_data.NOISES}
+    results["content"] = {name: ood_data.digest(loader) for name, loader in images.items()}
     return results, networks, loaders
 
 
@@ -195,8 +201,10 @@ def load_networks(paths):
     networks, known = {}, {}
     for path in paths:
         networks[path] = train.load_network(path)
-        *_, weight, bias = networks[path].state_dict().values()
-        twin = known.setdefault((weight.numpy().tobytes(), bias.numpy().tobytes()), path)
+        weights = hashlib.sha256()
+        for value in networks[path].state_dict().values():
+            weights.update(value.contiguous().numpy())
+        twin = known.setdefault(weights.hexdigest(), path)
         if twin is not path:
             raise InputError(f"{path} has the weights of {twin}: pass it once.")
     return networks
@@ -274,12 +282,16 @@ def read_evaluation(file, settings, loaders):
         earlier = json.loads(ood_utils.as_path(file, "--compare").read_text())
         theirs = images_of(earlier, {row["set"]: row["images"] for row in earlier["sets"]})
         has_score = all(score in run["threshold"] for run in earlier["checkpoints"])
+        if not earlier["rows"] or not all(run["error_rate"] >= 0 for run in earlier["checkpoints"]):
+            raise ValueError("no run has figures")
         for row in (*earlier["rows"], *earlier["sets"]):
             row["checkpoint"] = f"{file}: {row['checkpoint']}"
         for run in earlier["checkpoints"]:
             run["path"] = f"{file}: {run['path']}"
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{file} is not an .ood.json file of test.py: {error!r}") from error
+    if earlier.get("code", settings["code"]) != settings["code"]:
+        print(f"note: ood_data.py or ood_utils.py has changed since {file}", file=sys.stderr)
     differ = train.in_words(train.differences(theirs, ours))
     if differ or not has_score:
         raise InputError(f"{file} does not compare: {differ or f'it has no score {score}'}.")
@@ -291,6 +303,8 @@ def images_of(results, counts):
     config = results["config"]
     same = {"closed set": Path(config["dataset"]).name, "split": config.get("split", "test")}
     same |= {f"images of {name}": count for name, count in counts.items()}
+    contents = results.get("content", {})
+    same |= {f"content of {name}": content for name, content in contents.items()}
     return same | {"noise seed": config["seed"]}
 
 
@@ -636,6 +650,9 @@ def print_tables(results, verbose=False):
         print(f"\n{group}: {split}, in percent{of_runs}; error rate {spread(errors)}{published}\n")
         if len({code_of(run) for run in runs}) > 1:
             print("The code of some of these runs is unknown: they may differ in it, too.\n")
+        seeds = [run["training"]["seed"] for run in runs if "training" in run]
+        if len(set(seeds)) < len(seeds):
+            print("Some of these runs have the same seed: they are not independent.\n")
         print_performance(own)
         if len(own["config"]["ood_types"]) > len(own["skipped"]):
             print_scores(own, "auroc")

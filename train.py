@@ -95,7 +95,9 @@ def get_transform(train=True):
     """Return the function of a batch that get_loader uses: uint8, generator -> float32."""
 
     def transform(images, generator=None):
-        return to_input(augment_batch(images, generator))
+        augmented = augment_batch(images, generator)
+        ood_data.check_images(augmented, "augment_batch")
+        return to_input(augmented)
 
     return transform if train else to_input
 
@@ -283,6 +285,7 @@ def train_model(config=None):
 
         torch.manual_seed(config.seed)
         model = build_network(len(train_loader.classes), config.stem)
+        ood_utils.last_layer(model)  # or InputError: get_features needs one
         model.to(device, memory_format=memory_format(device))
         optimizer = build_optimizer(model, config)
         log = start_log(config, device, train_loader, test_loader)
@@ -374,7 +377,7 @@ def shorten_small_maps(model):
     try:
         with ood_utils.scoring_mode(model), register_module_forward_pre_hook(note_size):
             model(torch.zeros(1, 3, 32, 32))
-    except RuntimeError as error:
+    except Exception as error:
         raise InputError(f"build_network's network takes no 32x32 images: {error}") from error
     names = {module: name for name, module in model.named_modules()}
     for conv, shapes in sizes.items():
@@ -462,10 +465,10 @@ def read_log(path):
         return None
 
 
-def digest_code():
-    """A digest of this file and ood_data.py without words, and without Config's values."""
+def digest_code(*files):
+    """A digest of Python files without words, and without Config's values."""
     digest = hashlib.sha256()
-    for file in (__file__, ood_data.__file__):
+    for file in files:
         tree = ast.parse(Path(file).read_text(encoding="utf-8"))
         tree.body = [part for part in tree.body if getattr(part, "name", None) != "Config"]
         for node in ast.walk(tree):
@@ -486,15 +489,17 @@ def start_log(config, device, train_loader, test_loader):
     if config.dataset not in ood_data.CLOSED_SETS:
         settings["dataset"] = str(ood_utils.as_path(config.dataset, "--dataset").resolve())
     settings |= {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
-    log = {"config": settings, "code": digest_code(), "classes": train_loader.classes}
+    code = digest_code(__file__, ood_data.__file__)
+    log = {"config": settings, "code": code, "classes": train_loader.classes}
     split = "validation" if config.validation else "test"
     log |= {"images": len(train_loader.images), f"{split}_images": len(test_loader.images)}
+    log["content"] = ood_data.digest(train_loader)
     log |= ood_utils.describe(device) | {"epochs": []}
     print(f"device: {log['device']}, {config.precision}")
     return log
 
 
-DATA = ("classes", "images", "test_images", "validation_images")
+DATA = ("classes", "images", "test_images", "validation_images", "content")
 
 
 def trained_with(log):

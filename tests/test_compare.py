@@ -1,6 +1,7 @@
 """Did it help? Runs that are kept apart, grouped by setting, and compared with intervals."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -180,12 +181,22 @@ def test_runs_are_compared_from_the_command_line(in_tiny_run, tmp_path, command)
     with_both = command("test.py", *flags, tmp_path / "base0_and_1.ood.json")[1]
     assert "paired by seed" in with_both
 
-    other_count = json.loads(earlier[0].read_text())
-    other_count["sets"][0]["images"] += 1
-    (tmp_path / "count.ood.json").write_text(json.dumps(other_count))
+    def edit(name, change):
+        results = json.loads(earlier[0].read_text())
+        change(results)
+        (tmp_path / f"{name}.ood.json").write_text(json.dumps(results))
+
+    edit("count", lambda results: results["sets"][0].update(images=361))
+    edit("content", lambda results: results["content"].update({"closed set": "other"}))
+    edit("empty", lambda results: results.update(rows=[]))
+    edit("code", lambda results: results.update(code="edited"))
+    _, _, err = command("test.py", *flags, tmp_path / "code.ood.json")
+    assert "ood_utils.py has changed since" in err
     (tmp_path / "log.ood.json").write_text((tmp_path / "t0.json").read_text())
     for file, message in (
         ("count.ood.json", "images of closed set 361 -> 360"),
+        ("content.ood.json", "content of closed set other -> "),
+        ("empty.ood.json", "is not an .ood.json file of test.py"),
         ("log.ood.json", "is not an .ood.json file of test.py"),
         ("none.ood.json", "No such file"),
         ("t1.ood.json", "One run is named twice"),
@@ -197,6 +208,25 @@ def test_runs_are_compared_from_the_command_line(in_tiny_run, tmp_path, command)
     for twin in ("twin.pth", "t0.pth"):
         status, _, err = command("test.py", "--checkpoint", tweak[0], tmp_path / twin)
         assert status == 2 and "has the weights of" in err
+
+
+def test_two_runs_of_one_seed_are_named(in_tiny_run, tmp_path, command):
+    runs = [copy_run(tmp_path, name, 0, shift) for name, shift in (("a", 0), ("b", 0.1))]
+    out = command("test.py", "--ood-types", "blob", "--checkpoint", *runs)[1]
+    assert "of 2 runs" in out and "have the same seed" in out
+
+
+def test_the_checkpoint_of_train_is_the_default(in_tiny_run, command, monkeypatch):
+    """Also where it is edited in train.py's Config."""
+    monkeypatch.setattr(train.Config, "checkpoint", "nosuch.pth")
+    status, _, err = command("test.py", "--dataset", "digits")
+    assert status == 2 and "No checkpoint at nosuch.pth" in err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_scoring(in_tiny_run, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    with pytest.raises(InputError, match="cannot be written to: pass --output"):
+        evaluation.load(evaluation.Config("digits_resnet18.pth"))
 
 
 def test_the_shipped_results_are_not_written_over(tmp_path, monkeypatch):
@@ -223,11 +253,15 @@ def finished(in_tiny_run):
     ({"lr": 0.03}, "lr 0.02 -> 0.03"),
     ({"seed": 1}, "seed 0 -> 1"),
     ({}, "code ........ -> edited"),
+    ({"content": "other"}, "content ........ -> other"),  # a folder of the same name
 ])  # fmt: skip
 def test_a_finished_run_of_another_kind_is_kept(finished, option, message, monkeypatch, capsys):
     folder, path, before = finished
     if not option:
-        monkeypatch.setattr(train, "digest_code", lambda: "edited")
+        monkeypatch.setattr(train, "digest_code", lambda *files: "edited")
+    if "content" in option:
+        content = option.pop("content")
+        monkeypatch.setattr(ood_data, "digest", lambda loader: content)
     train_quietly(folder, path, epochs=1, **option)
     out = capsys.readouterr().out
     assert re.search(f"kept the finished run as .*a.1.pth \\({message}\\)", out)
@@ -278,17 +312,15 @@ def test_the_name_has_the_seed():
     assert str(train.checkpoint_path("b.pth", "digits", 3)) == "b.pth"
 
 
-def test_words_in_the_code_do_not_count_and_what_is_computed_does(tmp_path, monkeypatch):
+def test_words_in_the_code_do_not_count_and_what_is_computed_does(tmp_path):
     texts = {tmp_path / name: (ROOT / name).read_text() for name in ("train.py", "ood_data.py")}
-    for module, file in zip((train, ood_data), texts, strict=True):
-        monkeypatch.setattr(module, "__file__", str(file))
 
     def digest(edits):
         for file, text in texts.items():
             for old, new in edits.items():
                 text = text.replace(old, new)
             file.write_text(text)
-        return train.digest_code()
+        return train.digest_code(*texts)
 
     code = digest({})
     words = {

@@ -198,6 +198,16 @@ def test_a_noise_may_be_an_array_or_a_tensor(kind, monkeypatch):
     assert images.dtype == torch.float32 and images.shape == (5, 3, 32, 32) and (images == 1).all()
 
 
+def test_sets_of_a_user_are_cut_and_bytes_are_normalised(monkeypatch):
+    grey = np.full((9, 3, 32, 32), 128, dtype=np.uint8)
+    monkeypatch.setitem(ood_data.NOISES, "grey", lambda rng, n: grey)
+    monkeypatch.setitem(ood_data.OOD_IMAGES, "mine", lambda root, n: torch.from_numpy(grey))
+    red = (128 / 255 - 0.4914) / 0.2023
+    for name in ("grey", "mine"):
+        images = all_images(build_ood_loader(name, 5))
+        assert len(images) == 5 and images[0, 0, 0, 0].item() == pytest.approx(red, abs=1e-6)
+
+
 def test_the_closed_set_is_no_ood_set(class_folder, tmp_path, monkeypatch):
     check_ood_name("cifar10", "cifar100")
     (class_folder / "far").mkdir()
@@ -208,7 +218,9 @@ def test_the_closed_set_is_no_ood_set(class_folder, tmp_path, monkeypatch):
     check_ood_name(".", "cifar10")  # another thing than ./cifar10
     monkeypatch.chdir(class_folder / "train")
     check_ood_name("svhn", "../../pets")  # not ./svhn
-    for name in (class_folder, class_folder / "test/cat", class_folder / "train", tmp_path):
+    (class_folder / "val").mkdir()
+    inside = [class_folder / name for name in ("test/cat", "train", "val")]
+    for name in (class_folder, tmp_path, *inside):
         with pytest.raises(InputError, match="closed set itself"):
             check_ood_name(name, class_folder)
 
@@ -241,7 +253,11 @@ def test_epochs_are_functions_of_seed_and_epoch():
 
 def test_images_of_another_form_are_refused(monkeypatch):
     """Floats, or another size, from a function that a user adds."""
-    for images in (torch.zeros(4, 3, 32, 32), torch.zeros(4, 3, 64, 64, dtype=torch.uint8)):
+    empty, large = (torch.zeros(n, 3, w, w, dtype=torch.uint8) for n, w in ((0, 32), (4, 64)))
+    monkeypatch.setitem(ood_data.NOISES, "noise", lambda rng, n: rng.normal(size=(n, 32, 32, 3)))
+    with pytest.raises(InputError, match=r"noise must return .* not torch.float32 \(4, 32, 32, 3"):
+        build_ood_loader("noise", 4)
+    for images in (torch.zeros(4, 3, 32, 32), empty, large):
         monkeypatch.setitem(ood_data.CLOSED_SETS, "mine", lambda *a, i=images: (i, [0] * 4, ["x"]))
         monkeypatch.setitem(ood_data.OOD_IMAGES, "mine", lambda *a, i=images: i)
         for read in (lambda: read_closed_set("mine"), lambda: build_ood_loader("mine", 4)):

@@ -153,6 +153,22 @@ def test_a_network_that_takes_no_32x32_images_is_refused_before_training():
         shorten_small_maps(too_large)
 
 
+def test_what_augments_must_return_bytes(monkeypatch):
+    """Floats would be trained on as they are, and tested normalised."""
+    monkeypatch.setattr(train, "augment_batch", lambda images, generator: images * 0.5)
+    with pytest.raises(InputError, match="augment_batch must return images uint8"):
+        get_transform()(random_images(2))
+
+
+def test_a_network_without_a_linear_layer_is_refused_before_training(
+    class_folder, tmp_path, monkeypatch
+):
+    pooled = [torch.nn.Conv2d(3, 2, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+    monkeypatch.setattr(train, "build_network", lambda *args: torch.nn.Sequential(*pooled))
+    with pytest.raises(InputError, match="needs an nn.Linear"):
+        train_quietly(class_folder, tmp_path / "a.pth")
+
+
 def test_bfloat16_training_stays_near_float32():
     """Twenty steps: the loss falls as it does in float32, within 0.15 of it at every step."""
     images, labels = normalise(random_images(8)), torch.arange(8)
@@ -259,7 +275,7 @@ def test_resume_is_exact_and_appends(cut_run, tmp_path, monkeypatch, capsys):
     before = train.read_log(checkpoint)
     for name in (".cut.lock", "cut.pth.tmp"):
         checkpoint.with_name(name).write_bytes(b"what a killed run left")
-    monkeypatch.setattr(train, "digest_code", lambda: "edited")
+    monkeypatch.setattr(train, "digest_code", lambda *files: "edited")
     train_quietly(folder, checkpoint, resume=True)
     out = capsys.readouterr().out
     assert "resuming after epoch 1 of 4" in out
