@@ -418,7 +418,7 @@ def fetch(dataset, root, **split):
     try:
         root.mkdir(parents=True, exist_ok=True)
         if os.access(root, os.W_OK):
-            lock = ood_utils.lock(root / f".{dataset.__name__}.lock", wait=True)
+            lock = ood_utils.lock(root / f".{dataset.__name__}.lock")
         with lock, contextlib.redirect_stdout(sys.stderr):  # standard output is for results
             return dataset(root, download=True, **split)
     except Exception as error:

@@ -345,15 +345,14 @@ def as_path(text, flag):
 
 
 @contextlib.contextmanager
-def lock(path, wait):
-    """Hold a lock, or raise InputError if it is held; a note where there are no locks."""
+def lock(path, if_held=None):
+    """Hold a lock; wait for it, or raise InputError(if_held). A note where there are no locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = filelock.FileLock(path, blocking=wait)
+    held = filelock.FileLock(path, blocking=if_held is None)
     try:
         held.acquire()
     except filelock.Timeout as error:
-        message = f"Another run is writing (lock {path}): pass another --checkpoint."
-        raise InputError(message) from error
+        raise InputError(if_held) from error
     except (OSError, NotImplementedError) as error:
         known = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
         if isinstance(error, OSError) and error.errno not in known:

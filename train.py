@@ -275,7 +275,8 @@ def train_model(config=None):
     path = checkpoint_path(config.checkpoint, config.dataset, config.seed)
     device = ood_utils.pick_device(config.device)
     config = replace(config, precision=pick_precision(config.precision, device))
-    with ood_utils.lock(path.with_name(f".{path.stem}.lock"), wait=False):
+    if_held = f"Another run is writing {path}: pass another --checkpoint."
+    with ood_utils.lock(path.with_name(f".{path.stem}.lock"), if_held):
         check_own_files(path)
         common = {"device": device, "validation": config.validation}
         data = (config.dataset, config.data_root)

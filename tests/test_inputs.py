@@ -387,5 +387,5 @@ def test_a_file_system_without_locks_is_named(number, tmp_path, monkeypatch, cap
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(ood_utils.filelock.FileLock, "acquire", acquire)
-    with ood_utils.lock(tmp_path / "lock", wait=False):
+    with ood_utils.lock(tmp_path / "lock", "held"):
         assert "note: no lock on" in capsys.readouterr().err
