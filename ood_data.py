@@ -118,7 +118,8 @@ def read_class_folder(folder, split):
     )
     files = [find_images(folder / split / name) for name in classes]
     if not files or not all(files):
-        raise InputError(f"{folder} needs images in train/<class>/ and test/<class>/.")
+        other = "test" if split == "train" else split
+        raise InputError(f"{folder} needs images in train/<class>/ and {other}/<class>/.")
     odd = sorted(set(classes) ^ set(train_classes))
     if odd:
         names = ", ".join(odd)
@@ -246,7 +247,7 @@ def build_ood_loader(
         rng = np.random.default_rng((seed, *name.encode()))
         images = torch.as_tensor(NOISES[name](rng, count))
         images = images if images.dtype == torch.uint8 else images.float()
-        check_images(images, name, (torch.uint8, torch.float32))
+        check_images(images, name, images.dtype)
     elif name in OOD_IMAGES:
         images = OOD_IMAGES[name](data_root, count)
         check_images(images, name)
@@ -326,11 +327,12 @@ class ImageLoader:
 # Files and downloads --------------------------------------------------------------------
 
 
-def check_images(images, name, dtypes=(torch.uint8,)):
-    """Raise InputError unless there are images (N, 3, 32, 32) of one of the dtypes."""
-    if images.dtype not in dtypes or images.shape[1:] != (3, 32, 32) or not len(images):
+def check_images(images, name, dtype=torch.uint8):
+    """Raise InputError unless there are images (N, 3, 32, 32) of the dtype."""
+    if images.dtype != dtype or images.shape[1:] != (3, 32, 32) or not len(images):
+        form = f"{dtype} (N, 3, 32, 32)".removeprefix("torch.")
         found = f"{images.dtype} {tuple(images.shape)}"
-        raise InputError(f"{name} must return images uint8 (N, 3, 32, 32), not {found}.")
+        raise InputError(f"{name} must return images {form}, not {found}.")
 
 
 def digest(loader):

@@ -237,7 +237,7 @@ def test_help_lists_what_the_tables_hold(command, monkeypatch):
 
 # Bad input: script, flags, what stderr says. {f} is a folder made by bad_folder().
 BAD = [
-    ("train.py", "--dataset nosuch", "Unknown data set 'nosuch': use "),
+    ("train.py", "--dataset nosuch", "Unknown data set 'nosuch': use " + ood_data.CLOSED_SET_NAMES),
     ("train.py", "--dataset digits --device abacus", "Device 'abacus' cannot be used"),
     ("train.py", "--dataset digits --device cuda:99", "Device 'cuda:99' cannot be used"),
     ("train.py", "--dataset cifar100 --data-root {f}/damaged", "under {f}/damaged .*: copy it"),
