@@ -5,10 +5,7 @@ enter the network as they are: in its input space -1 is about pixel 70 and +1 ab
 The idea is outlier-exposure's (github.com/hendrycks/outlier-exposure), which normalises
 differently (57 and 185), so its noise sets differ from these.
 
-To add an OOD set, write its function and a line in NOISES or OOD_IMAGES. To use one:
-
-    from ood_data import build_ood_loader
-    images, labels = next(iter(build_ood_loader("blob", 2000)))
+To add an OOD set, write its function and a line in NOISES or OOD_IMAGES.
 """
 
 import contextlib

@@ -2,10 +2,6 @@
 
 Every score points the same way: **higher means more in-distribution**. Metrics are
 fractions; what is printed is percent.
-
-    from ood_utils import get_ood_scores, show_performance
-    scores, right, wrong = get_ood_scores(model, test_loader, closed_set=True)
-    show_performance(scores, get_ood_scores(model, ood_loader))
 """
 
 import contextlib
@@ -30,6 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 RECALL_LEVEL = 0.95  # FPR95: the true positive rate at which the false positive rate is read
+PERFORMANCE_LINE = "AUROC: {:.4f}, AUPR: {:.4f}, FPR95: {:.4f}"  # as published, in percent
 
 
 class InputError(ValueError):
@@ -235,15 +232,10 @@ def get_performance(pos, neg):
     return float(auroc), float(aupr), float(fpr95)
 
 
-def performance_line(auroc, aupr, fpr95):
-    """The three metrics, given in percent, as the published experiment printed them."""
-    return f"AUROC: {auroc:.4f}, AUPR: {aupr:.4f}, FPR95: {fpr95:.4f}"
-
-
 def show_performance(pos, neg):
     """Print AUROC, AUPR and FPR95 of get_performance on one line, in percent."""
-    auroc, aupr, fpr95 = get_performance(pos, neg)
-    print(performance_line(100 * auroc, 100 * aupr, 100 * fpr95))
+    percents = [100 * figure for figure in get_performance(pos, neg)]
+    print(PERFORMANCE_LINE.format(*percents))
 
 
 def errors_accepted(scores, correct):
@@ -293,13 +285,15 @@ def get_difference(base, other, paired):
 
     base, other: a figure of each run, (N,) and (M,). paired: run i has the same seed on both
     sides; scipy.stats.ttest_rel, N >= 2. Otherwise ttest_ind, Student's test with equal
-    variances, N + M >= 3. The interval is NaN for one run on each side.
+    variances, N + M >= 3. The interval is NaN for one run on each side, and where nothing
+    varies: a few test images round the error rates, seeds do not agree like that.
     """
     from scipy import stats
 
     base, other = np.asarray(base, dtype=float), np.asarray(other, dtype=float)
     difference = other.mean() - base.mean()
-    if len(base) + len(other) < 3:
+    deviations = np.ptp(other - base) if paired else np.ptp(base) + np.ptp(other)
+    if len(base) + len(other) < 3 or deviations < 1e-9:
         return difference, np.nan, np.nan
     test = stats.ttest_rel(other, base) if paired else stats.ttest_ind(other, base)
     low, high = test.confidence_interval(0.95)

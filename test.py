@@ -5,14 +5,14 @@
     python test.py --checkpoint seed0.pth seed1.pth seed2.pth    # mean and standard deviation
     python test.py --checkpoint mine.pth --compare results/cifar100_seeds.ood.json
 
-Prints, in percent, the error rate, the score's performance on correctly classified images
-(positive) against misclassified ones, then on the closed set (positive) against each OOD set;
-then tables. Runs that differ in more than their seed are compared. The files are written first,
+Prints, in percent, the error rate, then AUROC, AUPR and FPR95: of correctly classified images
+(positive) against misclassified ones, and of the closed set (positive) against each OOD set.
+Tables follow; runs that differ in more than their seed are compared. Before that it writes,
 beside each checkpoint or into --output:
-    cifar100_resnet18.ood.json    every figure of every set and score, and what they depend on
+    cifar100_resnet18.ood.json    every figure of every set and score, and their conditions
     cifar100_resnet18.ood.npz     scores and predictions of every image
     cifar100_resnet18.ood.png     AUROC of every run on every set, accuracy by epoch
-Several runs share a .ood.json and a .ood.png, <first>_and_<number of others> or --name.
+Several runs share a .json and a .png, <first>_and_<number of others> or --name.
 Exit status 1 if an OOD set or a checkpoint was skipped.
 """
 
@@ -35,7 +35,7 @@ import ood_utils
 import train
 from ood_utils import SCORES, InputError
 
-CLOSED_SET_HELP = f"{ood_data.CLOSED_SET_NAMES}; by default what the checkpoint's log names"
+CLOSED_SET_HELP = f"{ood_data.CLOSED_SET_NAMES}; by default that of the checkpoint's log"
 
 
 @dataclass
@@ -43,10 +43,10 @@ class Config:
     """The published evaluation. Edit a value here, or pass it as a flag."""
 
     checkpoint: tuple[str, ...] = ()  # of one run or several; by default train.py's
-    compare: tuple[str, ...] = ()  # .ood.json files of earlier evaluations, to compare with
+    compare: tuple[str, ...] = ()  # .ood.json files of earlier evaluations
     dataset: Annotated[str | None, arg(help=CLOSED_SET_HELP)] = None
     data_root: str = train.Config.data_root  # where torchvision's data sets are
-    split: Literal["test", "validation"] = "test"  # of the closed set; see train.py --validation
+    split: Literal["test", "validation"] = "test"  # validation: see train.py --validation
     ood_types: Annotated[tuple[str, ...], arg(help=ood_data.OOD_SET_NAMES)] = (
         "gaussian",
         "rademacher",
@@ -59,7 +59,7 @@ class Config:
     device: str | None = None  # by default the first available of cuda, mps and cpu
     output: str | None = None  # folder to write to, by default that of each checkpoint
     name: str | None = None  # of the files about several runs
-    verbose: bool = False  # print the risks, thresholds, FPR95 by score and largest shares too
+    verbose: bool = False  # print risks, thresholds, FPR95 by score and largest shares too
 
 
 OOD_SHARE = 5  # test images per OOD image; AUPR's chance level depends on it
@@ -83,10 +83,10 @@ PUBLISHED = {
     "blob": (68.06, 92.75, 97.55),
     "svhn": (66.97, 91.65, 89.05),
 }
-PUBLISHED_RECIPE = {"dataset": "cifar100", "epochs": 100, "epochs_done": 100, "batch_size": 128}
-PUBLISHED_RECIPE |= {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "label_smoothing": 0.0}
+PUBLISHED_RECIPE = {"dataset": "cifar100", "stem": "imagenet", "validation": 0}
+PUBLISHED_RECIPE |= {"epochs": 100, "epochs_done": 100, "batch_size": 128, "lr": 0.1}
+PUBLISHED_RECIPE |= {"momentum": 0.9, "weight_decay": 1e-4, "label_smoothing": 0.0}
 PUBLISHED_RECIPE |= {"schedule": "steps", "milestones": [0.5, 0.75], "gamma": 0.1}
-PUBLISHED_RECIPE |= {"stem": "imagenet", "validation": 0}
 RESULTS = Path(__file__).resolve().parent / "results"
 SEEDS = RESULTS / "cifar100_seeds.ood.json"  # five runs of the published recipe
 
@@ -99,21 +99,19 @@ def evaluate(config=None):
     config = ood_utils.as_plain(config or Config())
     settings, networks, loaders = load(config)
     earlier = [read_evaluation(file, settings, loaders) for file in as_tuple(config.compare)]
-    digests = [run["sha256"] for evaluation in earlier for run in evaluation["checkpoints"]]
-    digests += [name_file(path)["sha256"] for path in networks]
-    if len(set(digests)) < len(digests):
-        raise InputError("One run is named twice by --compare, or --checkpoint too: pass it once.")
+    check_twins([run for one in (*earlier, settings) for run in one["checkpoints"]])
     labels = loaders[CLOSED].labels.cpu().numpy()
     evaluations, files, failed = {}, {}, []
-    for path, model in networks.items():
+    for run, (path, model) in zip(settings["checkpoints"], networks.items(), strict=True):
         try:
             scores, predictions = score_sets(model, loaders)
         except InputError as error:
             print(f"error: {path}: {error}", file=sys.stderr)
             failed.append(str(path))
             continue
-        run, rows, sets = measure_run(path, scores, predictions, labels)
-        evaluations[path] = settings | {"checkpoints": [run], "rows": rows, "sets": sets}
+        figures, rows, sets = measure_run(path, scores, predictions, labels)
+        of_run = {"checkpoints": [run | figures], "rows": rows, "sets": sets}
+        evaluations[path] = settings | of_run
         files[output_path(config, path, ".ood.npz")] = pack(scores, predictions, labels, loaders)
     if not evaluations:
         raise InputError("No checkpoint is left.")
@@ -123,9 +121,10 @@ def evaluate(config=None):
     name = config.name or (f"{first.stem}_and_{others}" if others else first.stem)
     joint = first.with_name(f"{name}.pth")
     for path, evaluation in (evaluations | {joint: results}).items():
-        files[output_path(config, path, ".ood.json")] = json.dumps(evaluation, indent=1).encode()
+        text = json.dumps(evaluation, indent=1)
+        files[output_path(config, path, ".ood.json")] = text.encode()
     files[output_path(config, joint, ".ood.png")] = draw(results)
-    if len(loaders) == 1 and config.ood_types:  # every set was skipped: earlier files are kept
+    if len(loaders) == 1 and config.ood_types:  # every set was skipped: keep earlier files
         files = {}
     for file, content in files.items():
         ood_utils.write_file(file, content)
@@ -149,46 +148,38 @@ def load(config):
     if config.score not in SCORES:
         raise InputError(f"Unknown score {config.score!r}: use {', '.join(SCORES)}.")
     if config.name and Path(config.name).name != config.name:
-        raise InputError(f"--name {config.name} is a path: pass a name, and --output for a folder.")
-    default = train.Config.dataset if config.dataset is None else config.dataset
+        raise InputError(f"--name {config.name} is a path: use --output for the folder.")
+    dataset = train.Config.dataset if config.dataset is None else config.dataset
     names = as_tuple(config.checkpoint) or [train.Config.checkpoint]
-    paths = [train.checkpoint_path(name, default, train.Config.seed) for name in names]
-    networks = load_networks(paths)
-    outputs = [output_path(config, path, "") for path in paths]
-    if config.name:
-        outputs.append(outputs[0].with_name(config.name))
-    if len(set(outputs)) < len(outputs):
-        raise InputError("Checkpoints and --name: two of the same name would share their files.")
-    for output in outputs:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(output.parent, os.W_OK):
-            raise InputError(f"{output.parent} cannot be written to: pass --output.")
-    logs = [train.read_log(path) for path in paths]
-    known = [log["config"]["dataset"] for log in logs if log]
-    dataset = known[0] if known and config.dataset is None else default
+    paths = [train.checkpoint_path(name, dataset, train.Config.seed) for name in names]
+    networks = {path: train.load_network(path) for path in paths}
+    runs = [name_run(path, networks[path]) for path in paths]
+    check_twins(runs)
+    check_outputs(config, paths)
+    logs = [log for log in map(train.read_log, paths) if log]
+    if logs and config.dataset is None:
+        dataset = logs[0]["config"]["dataset"]
     sets = name_sets(as_tuple(config.ood_types), dataset)
     device = ood_utils.pick_device(config.device)
     settings = asdict(config) | {"dataset": dataset, "ood_types": list(sets)}
     for name in ("output", "name", "verbose", "compare"):  # no figure depends on them
         del settings[name]
-    results = {"config": settings, **ood_utils.describe(device)}
+    results = {"config": settings, **ood_utils.describe(device), "checkpoints": runs}
     print(f"device: {results['device']}, float32", file=sys.stderr)
-    validation = 0
+    held_out = 0
     if config.split == "validation":
-        held_out = {log["config"].get("validation", 0) if log else 0 for log in logs}
-        validation = max(held_out)
-        if held_out != {validation} or not validation:
+        held_out, *others = {known_of(run).get("validation", 0) for run in runs}
+        if others or not held_out:
             raise InputError("--split validation needs runs of one train.py --validation NUMBER.")
-    test_loader = train.get_loader(
-        False, dataset, config.data_root, config.batch_size, device=device, validation=validation
-    )
-    for path, model in networks.items():
-        check_closed_set(path, model, dataset, test_loader.classes)
+    data = (dataset, config.data_root, config.batch_size)
+    test_loader = train.get_loader(False, *data, device=device, validation=held_out)
+    for run, model in zip(runs, networks.values(), strict=True):
+        check_closed_set(run, model, dataset, test_loader.classes)
         model.to(device)
     loaders, results["skipped"] = build_loaders(config, sets, test_loader, device)
     results["code"] = train.digest_code(ood_data.__file__, ood_utils.__file__)
-    images = {name: loader for name, loader in loaders.items() if name not in ood_data.NOISES}
-    results["content"] = {name: ood_data.digest(loader) for name, loader in images.items()}
+    images = [name for name in loaders if name not in ood_data.NOISES]
+    results["content"] = {name: ood_data.digest(loaders[name]) for name in images}
     return results, networks, loaders
 
 
@@ -196,71 +187,17 @@ def as_tuple(names):
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def load_networks(paths):
-    """{path: network}; InputError where two files hold the same weights."""
-    networks, known = {}, {}
-    for path in paths:
-        networks[path] = train.load_network(path)
-        weights = hashlib.sha256()
-        for value in networks[path].state_dict().values():
-            weights.update(value.contiguous().numpy())
-        twin = known.setdefault(weights.hexdigest(), path)
-        if twin is not path:
-            raise InputError(f"{path} has the weights of {twin}: pass it once.")
-    return networks
-
-
-def check_closed_set(path, model, dataset, classes):
-    """Raise InputError if a run has other classes or another normalisation than now."""
-    log = train.read_log(path)
-    outputs = ood_utils.last_layer(model).out_features
-    trained_on, fits = f"{outputs} classes", outputs == len(classes)
-    if log:
-        trained_on, fits = log["config"]["dataset"], log["classes"] == classes
-    if not fits:
-        raise InputError(f"{path} was trained on {trained_on}, not on {dataset}: pass --dataset.")
-    if not log:
-        return
-    normalisation = {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
-    if train.differences(log["config"], normalisation):
-        raise InputError(f"{path} was trained with another MEAN and STD: --compare its evaluation.")
-    if not log["finished"]:
-        done, epochs = len(log["epochs"]), log["config"]["epochs"]
-        print(f"note: {path} is an unfinished run, {done} of {epochs} epochs", file=sys.stderr)
-
-
-def name_sets(ood_types, dataset):
-    """Return {name: OOD type}; the set of a folder has the folder's name."""
-    sets = {}
-    known = [*ood_data.NOISES, *ood_data.OOD_IMAGES]
-    for ood_type in dict.fromkeys(ood_types):
-        ood_data.check_ood_name(ood_type, dataset)
-        path = ood_utils.as_path(ood_type, "OOD type").resolve()
-        name = ood_type if ood_type in known else path.name
-        name = printable(name)
-        if name in (*sets, CLOSED, ERROR, *MEANS) or (name in known and name != ood_type):
-            raise InputError(f"Two sets would be named {name!r}: rename the folder {ood_type}.")
-        sets[name] = ood_type
-    return sets
-
-
-def printable(name):
-    return "".join(letter if letter.isprintable() else "?" for letter in str(name))
-
-
-def build_loaders(config, sets, test_loader, device):
-    """Return {name: loader} of the closed set and the OOD sets, {name: reason} of those skipped."""
-    count = max(1, len(test_loader.images) // OOD_SHARE)
-    loaders, skipped = {CLOSED: test_loader}, {}
-    for name, ood_type in sets.items():
-        try:
-            loaders[name] = ood_data.build_ood_loader(
-                ood_type, count, config.batch_size, config.seed, config.data_root, device
-            )
-        except (InputError, OSError) as error:
-            place = "" if isinstance(error, InputError) else f" ({ood_utils.place_of(error)})"
-            skipped[name] = " ".join(f"{error}{place}".split())
-    return loaders, skipped
+def check_outputs(config, paths):
+    """Raise InputError where two checkpoints would share files, or a folder is read-only."""
+    outputs = [output_path(config, path, "") for path in paths]
+    if config.name:
+        outputs.append(outputs[0].with_name(config.name))
+    if len(set(outputs)) < len(outputs):
+        raise InputError("Checkpoints or --name: two of the same name would share files.")
+    for output in outputs:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(output.parent, os.W_OK):
+            raise InputError(f"{output.parent} cannot be written to: pass --output.")
 
 
 def output_path(config, path, ending):
@@ -274,20 +211,103 @@ def output_path(config, path, ending):
     return folder / f"{path.stem}{ending}"
 
 
+def name_run(path, model):
+    """What the JSON says of a checkpoint before its figures: its digests and its training."""
+    weights = hashlib.sha256()
+    for value in model.state_dict().values():
+        weights.update(value.contiguous().numpy())
+    run = {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    run["weights"] = weights.hexdigest()
+    log = train.read_log(path)
+    if log:
+        settings = train.trained_with(log)
+        accuracies = [epoch[key] for epoch in log["epochs"] for key in epoch if "accuracy" in key]
+        run["training"] = {"seed": settings.pop("seed", None), "settings": settings}
+        run["training"] |= {"epochs_done": len(log["epochs"]), "accuracy": accuracies}
+    return run
+
+
+def known_of(run):
+    """What a run was trained with, by its log; {} without one."""
+    if "training" not in run:
+        return {}
+    return run["training"]["settings"] | {"epochs_done": run["training"]["epochs_done"]}
+
+
+def check_twins(runs):
+    """Raise InputError where two runs have the same file or weights."""
+    known = {}
+    for run in runs:
+        for digest in {run["sha256"], run.get("weights", run["sha256"])}:
+            twin = known.setdefault(digest, run)
+            if twin is not run:
+                both = f"{run['path']} has the weights of {twin['path']}"
+                raise InputError(f"{both}: pass it once.")
+
+
+def check_closed_set(run, model, dataset, classes):
+    """Raise InputError if a run has other classes or another normalisation than now."""
+    known, path = known_of(run), run["path"]
+    outputs = ood_utils.last_layer(model).out_features
+    trained_on, fits = f"{outputs} classes", outputs == len(classes)
+    if known:
+        trained_on, fits = known["dataset"], known["classes"] == classes
+    if not fits:
+        raise InputError(f"{path} was trained on {trained_on}, not on {dataset}: pass --dataset.")
+    normalisation = {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
+    if train.differences(known, normalisation):
+        raise InputError(f"{path} has another MEAN and STD: --compare its evaluation.")
+    if known and known["epochs_done"] < known["epochs"]:
+        epochs = f"{known['epochs_done']} of {known['epochs']} epochs"
+        print(f"note: {path} is an unfinished run, {epochs}", file=sys.stderr)
+
+
+def name_sets(ood_types, dataset):
+    """Return {name: OOD type}; the set of a folder has the folder's name."""
+    sets = {}
+    known = [*ood_data.NOISES, *ood_data.OOD_IMAGES]
+    for ood_type in dict.fromkeys(ood_types):
+        ood_data.check_ood_name(ood_type, dataset)
+        name = ood_type
+        if ood_type not in known:
+            name = printable(ood_utils.as_path(ood_type, "OOD type").resolve().name)
+        if name in (*sets, CLOSED, ERROR, *MEANS) or (name in known and name != ood_type):
+            raise InputError(f"Two sets would be named {name!r}: rename the folder {ood_type}.")
+        sets[name] = ood_type
+    return sets
+
+
+def printable(name):
+    return "".join(letter if letter.isprintable() else "?" for letter in str(name))
+
+
+def build_loaders(config, sets, test_loader, device):
+    """{name: loader} of the closed set and the OOD sets, {name: reason} of those skipped."""
+    count = max(1, len(test_loader.images) // OOD_SHARE)
+    settings = (config.batch_size, config.seed, config.data_root, device)
+    loaders, skipped = {CLOSED: test_loader}, {}
+    for name, ood_type in sets.items():
+        try:
+            loaders[name] = ood_data.build_ood_loader(ood_type, count, *settings)
+        except (InputError, OSError) as error:
+            place = "" if isinstance(error, InputError) else f" ({ood_utils.place_of(error)})"
+            skipped[name] = " ".join(f"{error}{place}".split())
+    return loaders, skipped
+
+
 def read_evaluation(file, settings, loaders):
     """Return the JSON of an earlier evaluation; InputError if it is for other images."""
-    ours = images_of(settings, {name: len(loader.images) for name, loader in loaders.items()})
+    ours = images_of(settings, {name: len(loaders[name].images) for name in loaders})
     score = settings["config"]["score"]
     try:
         earlier = json.loads(ood_utils.as_path(file, "--compare").read_text())
         theirs = images_of(earlier, {row["set"]: row["images"] for row in earlier["sets"]})
         has_score = all(score in run["threshold"] for run in earlier["checkpoints"])
-        if not earlier["rows"] or not all(run["error_rate"] >= 0 for run in earlier["checkpoints"]):
-            raise ValueError("no run has figures")
+        pd.DataFrame(earlier["rows"])[list(METRICS)].astype(float)
         for row in (*earlier["rows"], *earlier["sets"]):
             row["checkpoint"] = f"{file}: {row['checkpoint']}"
         for run in earlier["checkpoints"]:
-            run["path"] = f"{file}: {run['path']}"
+            run["path"], run["error_rate"] = f"{file}: {run['path']}", float(run["error_rate"])
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{file} is not an .ood.json file of test.py: {error!r}") from error
     if earlier.get("code", settings["code"]) != settings["code"]:
@@ -300,12 +320,11 @@ def read_evaluation(file, settings, loaders):
 
 def images_of(results, counts):
     """What two evaluations must agree on to be compared."""
-    config = results["config"]
-    same = {"closed set": Path(config["dataset"]).name, "split": config.get("split", "test")}
+    config, contents = results["config"], results.get("content", {})
+    same = {"closed set": Path(config["dataset"]).name, "noise seed": config["seed"]}
+    same |= {"split": config.get("split", "test")}
     same |= {f"images of {name}": count for name, count in counts.items()}
-    contents = results.get("content", {})
-    same |= {f"content of {name}": content for name, content in contents.items()}
-    return same | {"noise seed": config["seed"]}
+    return same | {f"content of {name}": contents[name] for name in contents}
 
 
 # Score and measure ----------------------------------------------------------------------
@@ -318,7 +337,7 @@ def all_scores(logits):
 
 
 def score_sets(model, loaders):
-    """{name: scores float64 (N, len(SCORES))} and {name: predictions int64 (N,)} of every set."""
+    """Of every set, scores float64 (N, len(SCORES)) and predictions int64 (N,), as two dicts."""
     scores, predictions = {}, {}
     for name, loader in loaders.items():
         columns = ood_utils.get_ood_scores(model, loader, score=all_scores)
@@ -333,32 +352,21 @@ def measure(pos, neg):
     """Counts, and metrics in percent in both conventions; None where a group is empty."""
     total = len(pos) + len(neg)
     row = {"positives": len(pos), "negatives": len(neg)}
-    row |= {"chance_aupr": 100 * len(pos) / total, "chance_aupr_out": 100 * len(neg) / total}
+    row["chance_aupr"] = 100 * len(pos) / total
+    row["chance_aupr_out"] = 100 * len(neg) / total
     row |= dict.fromkeys(METRICS)
     if len(pos) and len(neg):
         auroc, aupr, fpr95 = ood_utils.get_performance(pos, neg)
         row |= {"auroc": 100 * auroc, "aupr": 100 * aupr, "fpr95": 100 * fpr95}
-        _, aupr, fpr95 = ood_utils.get_performance(-neg, -pos)  # OOD, or wrong, is positive
+        _, aupr, fpr95 = ood_utils.get_performance(-neg, -pos)  # OOD is positive
         row |= {"aupr_out": 100 * aupr, "fpr95_out": 100 * fpr95}
     return row
-
-
-def name_file(path):
-    """What the JSON says of a checkpoint: the file, and what it was trained with."""
-    run = {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    log = train.read_log(path)
-    if log:
-        settings = train.trained_with(log)
-        accuracies = [v for epoch in log["epochs"] for k, v in epoch.items() if "accuracy" in k]
-        run["training"] = {"seed": settings.pop("seed"), "settings": settings}
-        run["training"] |= {"epochs_done": len(log["epochs"]), "accuracy": accuracies}
-    return run
 
 
 def measure_run(path, scores, predictions, labels):
     """Return what the JSON holds of one checkpoint: its own figures, its rows, its sets."""
     correct = predictions[CLOSED] == labels
-    run = {**name_file(path), "error_rate": 100 * (1 - correct.mean())}
+    run = {"path": str(path), "error_rate": 100 * (1 - correct.mean())}
     run |= {"threshold": {}, "aurc": {}, "augrc": {}}
     rows, sets = [], []
     for column, score in enumerate(SCORES):
@@ -366,8 +374,9 @@ def measure_run(path, scores, predictions, labels):
         run["threshold"][score] = ood_utils.get_threshold(closed)
         run["aurc"][score] = 100 * ood_utils.aurc(closed, correct)
         run["augrc"][score] = 100 * ood_utils.augrc(closed, correct)
-        pairs = {SPLIT: (closed[correct], closed[~correct])}
-        pairs |= {name: (closed, scores[name][:, column]) for name in scores if name != CLOSED}
+        pairs = {name: (closed, scores[name][:, column]) for name in scores}
+        pairs = {SPLIT: (closed[correct], closed[~correct]), **pairs}
+        del pairs[CLOSED]
         for name, (pos, neg) in pairs.items():
             row = {"checkpoint": str(path), "set": name, "score": score}
             rows.append(row | measure(pos, neg))
@@ -380,7 +389,8 @@ def measure_run(path, scores, predictions, labels):
 
 def pack(scores, predictions, labels, loaders):
     """The bytes of the .npz: what any other metric needs."""
-    arrays = {"score_names": list(SCORES), "labels": labels, "predictions": predictions[CLOSED]}
+    arrays = {"score_names": list(SCORES), "labels": labels}
+    arrays["predictions"] = predictions[CLOSED]
     arrays |= {f"scores/{name}": array for name, array in scores.items()}
     arrays |= {f"predictions/{name}": array for name, array in predictions.items()}
     named = {name: loader.files for name, loader in loaders.items() if loader.files}
@@ -396,34 +406,27 @@ def pack(scores, predictions, labels, loaders):
 def combine(earlier, ours):
     """Join evaluations, earlier ones first, and name the group of every run and row.
 
-    A group is a setting: its runs differ in their seed only. Earlier evaluations have groups of
-    their own, and so has a run without a log.
+    A group is a setting: its runs differ in their seed only. Earlier evaluations have groups
+    of their own, and so has a run without a log.
     """
     evaluations = [*earlier, *ours]
     results = dict(evaluations[-1])
     for part in PARTS:
-        results[part] = [entry for evaluation in evaluations for entry in evaluation[part]]
+        results[part] = [entry for one in evaluations for entry in one[part]]
     groups = group_runs(earlier) + group_runs(ours)
     for group, name in zip(groups, name_groups(groups), strict=True):
         for run in group["runs"]:
-            run["group"] = name
+            run["group"] = printable(name)
     names = {run["path"]: run["group"] for run in results["checkpoints"]}
     for row in (*results["rows"], *results["sets"]):
         row["group"] = names[row["checkpoint"]]
     return results
 
 
-def known_of(run):
-    """What a run was trained with, by its log; {} without one."""
-    training = run.get("training")
-    return training["settings"] | {"epochs_done": training["epochs_done"]} if training else {}
-
-
 def group_runs(evaluations):
-    """Group the runs of evaluations by what is known of them, {"known": {}, "runs": []} each."""
+    """Group the runs of evaluations by what is known of them: {"known": {}, "runs": []}."""
     groups = []
-    runs = [run for evaluation in evaluations for run in evaluation["checkpoints"]]
-    for run in runs:
+    for run in [run for one in evaluations for run in one["checkpoints"]]:
         known = known_of(run)
         for group in groups:
             if known and group["known"] and not train.differences(group["known"], known):
@@ -437,7 +440,7 @@ def group_runs(evaluations):
 
 
 def name_groups(groups):
-    """The settings in which groups differ, their code and data where needed, else their files."""
+    """The settings in which groups differ; where needed their code and data, or their files."""
     first, *others = [group["known"] for group in groups]
     common = [key for key in first if all(key in other for other in others)]
     differ = [key for key in common if any(other[key] != first[key] for other in others)]
@@ -447,8 +450,8 @@ def name_groups(groups):
         if all(names) and len(set(names)) == len(names):
             return names
     paths = [group["runs"][0]["path"] for group in groups]
-    files = [path.split(": ")[0] for path in paths]  # an earlier evaluation's, or the checkpoint
-    stems = [Path(file).name.removesuffix(".ood.json").removesuffix(".pth") for file in files]
+    files = [Path(path.split(": ")[0]).name for path in paths]  # .pth, or an earlier .ood.json
+    stems = [file.removesuffix(".pth").removesuffix(".ood.json") for file in files]
     names = [f"{name} {stem}".strip() for name, stem in zip(names, stems, strict=True)]
     return names if len(set(names)) == len(names) else paths
 
@@ -466,8 +469,9 @@ def set_values(rows, metric):
 
 
 def compare(results):
-    """The comparison as a DataFrame of texts: error rate and AUROC of each group, differences."""
-    runs, rows = pd.DataFrame(results["checkpoints"]).set_index("path"), shown_rows(results)
+    """A DataFrame of texts: error rate and AUROC of each group, and differences."""
+    rows = shown_rows(results)
+    runs = pd.DataFrame(results["checkpoints"]).set_index("path")
     runs["seed"] = [run.get("training", {}).get("seed") for run in results["checkpoints"]]
     everywhere = rows.groupby("set")["checkpoint"].transform("nunique") == len(runs)
     values = set_values(rows[everywhere], "auroc").loc[runs.index]
@@ -476,18 +480,19 @@ def compare(results):
     for name, group in runs.groupby("group", sort=False):
         group = group.sort_values("seed")
         figures = values.loc[group.index]
-        table[f"{name} ({len(group)} run{'s' if len(group) > 1 else ''})"] = figures.agg(spread)
+        count = "1 run" if len(group) == 1 else f"{len(group)} runs"
+        table[f"{name} ({count})"] = figures.agg(spread)
         if base is None:
             base, base_name, seeds = figures, name, list(group["seed"])
             continue
-        paired = 1 < len(seeds) == group["seed"].nunique() and seeds == list(group["seed"])
+        same_seeds = seeds == list(group["seed"])
+        paired = 1 < len(seeds) == group["seed"].nunique() and same_seeds
         how = "paired by seed" if paired else "unpaired"
         how = how if len(seeds) + len(group) > 2 else "one run each"
-        title = f"{name} minus {base_name}, {how}"
-        table[title] = [
-            difference_text(*ood_utils.get_difference(base[row], figures[row], paired))
-            for row in values
-        ]
+        pairs = [(base[row], figures[row]) for row in values]
+        differences = [ood_utils.get_difference(*pair, paired) for pair in pairs]
+        texts = [difference_text(*difference) for difference in differences]
+        table[f"{name} minus {base_name}, {how}"] = texts
     return pd.DataFrame(table)
 
 
@@ -509,14 +514,14 @@ def shown_rows(results):
 
 def published_of(results):
     """The published figures if all runs have that recipe, split and score, else {}."""
-    config = results["config"]
+    config, runs = results["config"], results["checkpoints"]
     shown = config["score"] == "msp" and config.get("split", "test") == "test"
-    same = [PUBLISHED_RECIPE.items() <= known_of(run).items() for run in results["checkpoints"]]
+    same = [PUBLISHED_RECIPE.items() <= known_of(run).items() for run in runs]
     return PUBLISHED if shown and all(same) else {}
 
 
 def print_report(results, count):
-    """The published report: in-distribution, or correctly classified, is the positive class."""
+    """The published report; in-distribution, or correctly classified, is positive."""
     rows = shown_rows(results)
     for run in results["checkpoints"][-count:]:
         if count > 1:
@@ -534,11 +539,7 @@ def print_report(results, count):
                 missing = "misclassified" if row.positives else "correctly classified"
                 print(f"AUROC: n/a, AUPR: n/a, FPR95: n/a (no {missing} image)")
             else:
-                print(ood_utils.performance_line(row.auroc, row.aupr, row.fpr95))
-
-
-def code_of(run):
-    return known_of(run).get("code", "unknown")
+                print(ood_utils.PERFORMANCE_LINE.format(row.auroc, row.aupr, row.fpr95))
 
 
 def spread(values):
@@ -552,13 +553,11 @@ def spread(values):
     return text
 
 
-def as_cell(name):
-    return printable(name).replace("|", "\\|")
-
-
 def print_table(table, title):
     """A DataFrame of texts as a Markdown table, its index as the first column."""
-    table = table.rename(index=as_cell, columns=as_cell).rename_axis(title).reset_index()
+    table = table.rename_axis(title).reset_index()
+    table[title] = table[title].str.replace("|", "\\|")
+    table.columns = table.columns.str.replace("|", "\\|")
     align = ["left", *["right"] * (table.shape[1] - 1)]
     print(table.to_markdown(index=False, tablefmt="pipe", colalign=align, disable_numparse=True))
     print()
@@ -567,7 +566,8 @@ def print_table(table, title):
 def print_comparison(results):
     table = compare(results)
     count = table.map(lambda cell: "[" in cell).sum(axis=None)
-    left_out = [name for name in shown_rows(results)["set"].unique() if name not in table.index]
+    sets = shown_rows(results)["set"].unique()
+    left_out = [name for name in sets if name not in table.index]
     if not count and results["config"]["dataset"] == "cifar100" and SEEDS.exists():
         seeds = json.loads(SEEDS.read_text()) | {"config": results["config"]}
         values = set_values(shown_rows(seeds), "auroc")
@@ -577,18 +577,18 @@ def print_comparison(results):
         ]
     print()
     print_table(table, f"error rate and AUROC, {results['config']['score']}")
-    codes = list(dict.fromkeys(code_of(run) for run in results["checkpoints"]))
-    if len(codes) > 1:
-        print(f"The code differs, or may differ, too: {', '.join(codes)}.")
+    codes = [known_of(run).get("code", "unknown") for run in results["checkpoints"]]
+    if len(set(codes)) > 1:
+        codes = ", ".join(dict.fromkeys(codes))
+        print(f"The code differs, or may differ, too: {codes}.")
     if left_out:
         print(f"Left out, not in every evaluation: {', '.join(left_out)}.")
     if count:
-        print(
-            f"{count} intervals at 95%, each for the mean difference over training seeds on these"
-        )
-        print("images, not on others; * excludes 0, as 1 of 20 does by chance.")
+        print(f"{count} intervals at 95%, each for the mean difference over training seeds on")
+        print("these images, not on others; * excludes 0, as 1 of 20 does by chance.")
     else:
-        print("One run each, so no interval: another seed moves these rows, too, noises most.")
+        print("One run each, or nothing varies, so no interval: another seed moves these rows,")
+        print("too, noises most.")
 
 
 def print_performance(results):
@@ -602,7 +602,8 @@ def print_performance(results):
     table = table.reindex([*table.index, *skipped], fill_value="skipped")
     published = published_of(results)
     if published:
-        cells = {name: "{:.2f} / {:.2f} / {:.2f}".format(*published[name]) for name in published}
+        as_text = "{:.2f} / {:.2f} / {:.2f}".format
+        cells = {name: as_text(*figures) for name, figures in published.items()}
         table["published"] = [cells.get(name, "") for name in table.index]
     print_table(table, results["config"]["score"])
 
@@ -611,14 +612,12 @@ def print_scores(results, metric):
     """One metric by score, of every OOD set and of the means of noises and of image sets."""
     rows = pd.DataFrame(results["rows"])
     scores = rows[rows["set"] != SPLIT].groupby("score", sort=False)
-    print_table(
-        pd.DataFrame({score: set_values(of, metric).agg(spread) for score, of in scores}),
-        METRICS[metric],
-    )
+    columns = {score: set_values(of, metric).agg(spread) for score, of in scores}
+    print_table(pd.DataFrame(columns), METRICS[metric])
 
 
 def print_details(results):
-    """What else the JSON holds: selective classification, thresholds, FPR95, predicted classes."""
+    """What else the JSON holds: risks, thresholds, FPR95 by score, predicted classes."""
     score, runs = results["config"]["score"], results["checkpoints"]
     risks = [spread([run[risk][score] for run in runs]) for risk in ("aurc", "augrc")]
     thresholds = ", ".join(f"{run['threshold'][score]:.4f}" for run in runs)
@@ -638,14 +637,16 @@ def print_tables(results, verbose=False):
     for group in groups:
         own = dict(results)
         for part in PARTS:
-            own[part] = [entry for entry in results[part] if entry["group"] == group]
+            own[part] = [one for one in results[part] if one["group"] == group]
         runs = own["checkpoints"]
-        errors = [run["error_rate"] for run in runs]
-        of_runs = f" of {len(runs)} runs, mean +- standard deviation" if len(runs) > 1 else ""
-        published = f" (published {PUBLISHED_ERROR_RATE:.2f})" if published_of(own) else ""
-        split = f"{results['config'].get('split', 'test')} images"
-        print(f"\n{group}: {split}, in percent{of_runs}; error rate {spread(errors)}{published}\n")
-        if len({code_of(run) for run in runs}) > 1:
+        title = f"\n{group}: {own['config'].get('split', 'test')} images, in percent"
+        if len(runs) > 1:
+            title += f" of {len(runs)} runs, mean +- standard deviation"
+        title += f"; error rate {spread([run['error_rate'] for run in runs])}"
+        if published_of(own):
+            title += f" (published {PUBLISHED_ERROR_RATE:.2f})"
+        print(f"{title}\n")
+        if len({known_of(run).get("code") for run in runs}) > 1:
             print("The code of some of these runs is unknown: they may differ in it, too.\n")
         seeds = [run["training"]["seed"] for run in runs if "training" in run]
         if len(set(seeds)) < len(seeds):
@@ -662,7 +663,7 @@ def print_tables(results, verbose=False):
 
 def short(name, longest=25):
     name = name if len(name) <= longest else f"{name[: longest - 1]}…"
-    return printable(name).replace("$", r"\$")  # no TeX
+    return name.replace("$", r"\$")  # no TeX
 
 
 def draw_dots(axes, results, colours):
@@ -679,14 +680,16 @@ def draw_dots(axes, results, colours):
             axes.plot(published[name][0], y, "x", color="black", markersize=8)
     axes.set_yticks(range(len(names)), [short(name) for name in names])
     axes.invert_yaxis()
-    axes.set_xlabel("AUROC of each run; grey: chance" + ("; x: published" if published else ""))
+    label = "AUROC of each run; grey: chance"
+    axes.set_xlabel(f"{label}; x: published" if published else label)
 
 
 def draw_accuracies(axes, results, colours):
     """The accuracy by epoch of every run whose log is known."""
     for run in results["checkpoints"]:
         accuracy = 100 * np.array(run.get("training", {}).get("accuracy", []))
-        axes.plot(np.arange(len(accuracy)) + 1, accuracy, color=colours[run["group"]], lw=1)
+        epochs = np.arange(len(accuracy)) + 1
+        axes.plot(epochs, accuracy, color=colours[run["group"]], lw=1)
     axes.set_xlabel("epoch")
     axes.set_ylabel("accuracy, %")
     for group, colour in colours.items():

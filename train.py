@@ -43,9 +43,9 @@ class Config:
     """The published recipe. Edit a value here, or pass it as a flag."""
 
     dataset: Annotated[str, arg(help=ood_data.CLOSED_SET_NAMES)] = "cifar100"
-    data_root: str = ood_data.DATA_ROOT  # where torchvision's data sets are, or are downloaded to
-    validation: int = 0  # training images to hold out and measure accuracy on, instead of test
-    checkpoint: str | None = None  # file to write, by default <dataset>_resnet18[_seed<N>].pth
+    data_root: str = ood_data.DATA_ROOT  # where torchvision's data sets are
+    validation: int = 0  # training images to hold out, and to measure accuracy on
+    checkpoint: str | None = None  # by default <dataset>_resnet18[_seed<N>].pth
     epochs: int = 100  # passes over the training images
     batch_size: int = 128  # images per step
     lr: float = 0.1  # initial learning rate
@@ -53,7 +53,7 @@ class Config:
     weight_decay: float = 1e-4
     label_smoothing: float = 0.0  # share of the target spread over all classes
     schedule: Literal["steps", "cosine"] = "steps"  # how the learning rate falls
-    milestones: tuple[float, ...] = (0.5, 0.75)  # steps: fractions of the run at which it drops
+    milestones: tuple[float, ...] = (0.5, 0.75)  # steps: where it drops, of the run
     gamma: float = 0.1  # steps: its factor at a milestone
     stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 stride 1
     seed: int = 0  # of weights, order and augmentation
@@ -63,7 +63,7 @@ class Config:
 
 
 EAGER_STEPS = 3  # of each epoch on CUDA, before capture_step; math.inf: no capture
-SAVE_SECONDS = 10  # at least, between saves: on a small set a save takes longer than an epoch
+SAVE_SECONDS = 10  # at least, between saves: one may take longer than an epoch
 
 
 # Data -----------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def load_network(path):
         state = state[entry] if isinstance(state, dict) and entry in state else state
     tensors = isinstance(state, dict) and all(torch.is_tensor(v) for v in state.values())
     if not tensors or not state:
-        raise InputError(f"{path} holds no state dict of tensors, but a {type(state).__name__}.")
+        raise InputError(f"{path} holds a {type(state).__name__}, no state dict of tensors.")
     for prefix in ("module.", "_orig_mod.", "module."):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     if log:
@@ -182,9 +182,8 @@ def check_fit(path, state, expected):
     odd = [name for name in names if kind(state, name) != kind(expected, name)]
     if odd:
         raise InputError(
-            f"{path} does not fit build_network: {len(odd)} weights are missing, unknown or of "
-            f"another shape or type, such as {', '.join(odd[:3])}. If you edited build_network "
-            "since, --compare an .ood.json from before."
+            f"{path} does not fit build_network: {len(odd)} weights differ in name, shape or type,"
+            f" such as {', '.join(odd[:3])}. If you edited it since, --compare an older .ood.json."
         )
     for name, value in state.items():
         if not value.isfinite().all() or ("running_var" in name and value.min() < 0):
@@ -230,7 +229,7 @@ def train_epoch(model, optimizer, loader, config):
             captured = capture_step(model, optimizer, images, labels, config)
         step = captured if captured and full else train_step
         losses.append(step(model, optimizer, images, labels, config))
-    losses = torch.stack(losses).tolist()  # once an epoch: each reading makes a GPU wait
+    losses = torch.stack(losses).tolist()  # once: each reading makes a GPU wait
     for step, loss in enumerate(losses, start=1):
         if not math.isfinite(loss):
             where = f"epoch {epoch}, step {step}"
@@ -300,7 +299,7 @@ def train_model(config=None):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             train_loader.epoch = epoch
-            torch.manual_seed(ood_data.mix_seed(config.seed, epoch))  # dropout, after a resume too
+            torch.manual_seed(ood_data.mix_seed(config.seed, epoch))  # of dropout
             loss = train_epoch(model, optimizer, train_loader, config)
             rate = len(train_loader.images) / (time.perf_counter() - start)
             accuracy = get_accuracy(model, test_loader)
@@ -475,7 +474,7 @@ def digest_code(*files):
         for node in ast.walk(tree):
             if isinstance(getattr(node, "body", None), list):
                 node.body = [part for part in node.body if not is_docstring(part)]
-        text = ast.unparse(tree).replace('"', "'")  # Python 3.12 quotes f-strings differently
+        text = ast.unparse(tree).replace('"', "'")  # which quote depends on Python
         digest.update(text.encode())
     return digest.hexdigest()[:8]
 
@@ -491,9 +490,10 @@ def start_log(config, device, train_loader, test_loader):
         settings["dataset"] = str(ood_utils.as_path(config.dataset, "--dataset").resolve())
     settings |= {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
     code = digest_code(__file__, ood_data.__file__)
-    log = {"config": settings, "code": code, "classes": train_loader.classes}
     split = "validation" if config.validation else "test"
-    log |= {"images": len(train_loader.images), f"{split}_images": len(test_loader.images)}
+    log = {"config": settings, "code": code, "classes": train_loader.classes}
+    log["images"] = len(train_loader.images)
+    log[f"{split}_images"] = len(test_loader.images)
     log["content"] = ood_data.digest(train_loader)
     log |= ood_utils.describe(device) | {"epochs": []}
     print(f"device: {log['device']}, {config.precision}")
@@ -506,7 +506,7 @@ DATA = ("classes", "images", "test_images", "validation_images", "content")
 def trained_with(log):
     """What the figures of a run depend on: its settings, its data, its code."""
     free = ("data_root", "checkpoint", "device", "resume")
-    settings = {name: value for name, value in log["config"].items() if name not in free}
+    settings = {key: value for key, value in log["config"].items() if key not in free}
     settings["dataset"] = Path(settings["dataset"]).name  # a folder may move
     return settings | {name: log[name] for name in (*DATA, "code") if name in log}
 
@@ -569,7 +569,7 @@ def finished_otherwise(path, log):
     old = read_log(path)
     if old and not old["finished"]:
         return {}
-    if not old:  # a checkpoint of another program, unless a first save was interrupted
+    if not old:  # of another program, or a first save was interrupted
         foreign = path.exists() and not path.with_suffix(".resume.pth").exists()
         return {"log": ("none", "train.py's")} if foreign else {}
     return differences({"code": "unknown", **trained_with(old)}, trained_with(log))
@@ -580,14 +580,15 @@ def resume(path, log, model, optimizer):
     state_path, done = path.with_suffix(".resume.pth"), read_log(path)
     if not log["config"]["resume"]:
         if finished_otherwise(path, log):
-            print(f"starting: the first save moves the finished run at {path} to a new name")
+            print(f"starting: the first save moves the finished run at {path}")
         elif path.exists() or state_path.exists():
             print(f"starting over: the first save replaces {path}")
         return
     if state_path.exists():
         state = load_file(state_path)
     elif path.exists() and done and done["finished"]:
-        state = {"log": done, "model": load_file(path), "optimizer": optimizer.state_dict()}
+        state = {"log": done, "model": load_file(path)}
+        state["optimizer"] = optimizer.state_dict()
     else:
         print(f"no unfinished run at {state_path}: starting")
         return
@@ -603,8 +604,8 @@ def resume(path, log, model, optimizer):
         raise InputError(f"{path} is not a run of this network: {str(error)[:200]}") from error
     if changed:
         raise InputError(
-            f"{path} has other settings or data: {in_words(changed)}. Pass another --checkpoint, "
-            "or start over without --resume."
+            f"{path} has other settings or data: {in_words(changed)}. Pass another --checkpoint,"
+            " or start over without --resume."
         )
     print(f"resuming after epoch {len(log['epochs'])} of {log['config']['epochs']}")
     if code.split("+")[-1] != log["code"]:

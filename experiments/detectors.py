@@ -114,9 +114,8 @@ def compare(config):
     training = train.get_loader(
         True, dataset, config.data_root, config.batch_size, device=device, augment=False
     )
-    results |= {"checkpoints": [], "rows": []}
+    results["rows"] = []
     for path, model in networks.items():
-        results["checkpoints"].append(evaluation.name_file(path))
         last = copy.deepcopy(ood_utils.last_layer(model)).cpu().requires_grad_(False)
         to_fit = represent(model, last, training)
         sets = {name: represent(model, last, loader) for name, loader in loaders.items()}

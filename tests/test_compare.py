@@ -88,6 +88,20 @@ def test_other_seeds_are_compared_by_students_interval(count):
     assert list(cells) == list(map(cell_of, b.mean(0) - a.mean(0), half_width))
 
 
+@pytest.mark.parametrize("seeds,cell", [((0, 1), "-0.28"), ((2, 3), "-0.28 [")])
+def test_equal_differences_leave_no_interval(seeds, cell, recwarn):
+    """Two seeds that each classify one image more: the rounding of 360 images, not certainty."""
+    base = [make_evaluation(f"b{i}.pth", i, [10 + i, *[50] * 5], lr=0.1) for i in (0, 1)]
+    errors = np.array([10, 11]) - 1 / 3.6
+    mine = [
+        make_evaluation(f"m{i}.pth", i, [error, *[50] * 5], lr=0.2)
+        for i, error in zip(seeds, errors, strict=True)
+    ]
+    cells = evaluation.compare(evaluation.combine(base, mine)).iloc[:, -1]
+    assert cells["error rate"].startswith(cell) and cells["gaussian"] == "+0.00"
+    assert ("[" in cells["error rate"]) == ("[" in cell) and not recwarn.list
+
+
 def test_a_run_of_unknown_code_is_not_averaged_in_silence(capsys):
     runs = [make_evaluation("a.pth", 0, draw_figures(1)[0], lr=0.1)]
     runs.append(make_evaluation("b.pth", 1, draw_figures(1)[0], lr=0.1, code="edited"))
@@ -199,7 +213,7 @@ def test_runs_are_compared_from_the_command_line(in_tiny_run, tmp_path, command)
         ("empty.ood.json", "is not an .ood.json file of test.py"),
         ("log.ood.json", "is not an .ood.json file of test.py"),
         ("none.ood.json", "No such file"),
-        ("t1.ood.json", "One run is named twice"),
+        ("t1.ood.json", "pass it once"),
         (ROOT / "results/cifar100_seeds.ood.json", "closed set cifar100 -> digits"),
     ):
         status, _, err = command("test.py", *flags, tmp_path / file)
