@@ -1,10 +1,10 @@
 """What the tests share: the command lines as a user starts them, and small data sets."""
 
 import contextlib
+import json
 import os
 import runpy
 import shutil
-import signal
 import sys
 from pathlib import Path
 from unittest import mock
@@ -32,19 +32,17 @@ def on_the_cpu():
 @pytest.fixture
 def command(monkeypatch, capsys):
     """command("train.py", "--epochs", 0) runs the script as __main__; (status, stdout, stderr)."""
-    handler = signal.getsignal(signal.SIGINT)
 
     def run(script, *flags):
         monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        status = 0
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
-            status = 0
         except SystemExit as stop:
-            status = stop.code or 0
+            status = stop.code
         return status, *capsys.readouterr()
 
-    yield run
-    signal.signal(signal.SIGINT, handler)
+    return run
 
 
 def tiny_network(num_classes=100, stem=None):
@@ -63,7 +61,6 @@ def tiny(monkeypatch):
 
 
 def write_images(folder, count, seed=0, size=(40, 34)):
-    """`count` PNG files of random pixels."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for i in range(count):
@@ -84,16 +81,12 @@ def class_folder(tmp_path):
     return write_class_folder(tmp_path / "pets")
 
 
-def small_config(folder, checkpoint, **options):
-    """Four epochs of two steps each; on the CPU, where the same run has the same bits."""
-    defaults = {"epochs": 4, "batch_size": 12, "lr": 0.02, "device": "cpu", "seed": 0}
-    defaults |= {"schedule": "steps", "milestones": (0.5, 0.7), "stem": "imagenet"}
-    options = defaults | options
-    return train.Config(dataset=str(folder), checkpoint=str(checkpoint), **options)
-
-
 def train_quietly(folder, checkpoint, **options):
-    return train.train_model(small_config(folder, checkpoint, **options))
+    """Four epochs of two steps each; on the CPU, where the same run has the same bits."""
+    settings = {"epochs": 4, "batch_size": 12, "lr": 0.02, "device": "cpu", "seed": 0}
+    settings |= {"schedule": "steps", "milestones": (0.5, 0.7), "stem": "imagenet"}
+    settings |= {"dataset": str(folder), "checkpoint": str(checkpoint)}
+    return train.train_model(train.Config(**settings | options))
 
 
 def same_bits(path, other):
@@ -101,8 +94,18 @@ def same_bits(path, other):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def files_of(folder, stem):
+    """{ending: bytes} of the files of a run."""
+    return {path.name.removeprefix(stem): path.read_bytes() for path in folder.glob(f"{stem}.*")}
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
+    """A closed set and runs of the tiny network, of which `cut` stopped in its second epoch."""
     folder = tmp_path_factory.mktemp("tiny")
     write_class_folder(folder / "pets")
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
@@ -110,7 +113,9 @@ def tiny_folder(tmp_path_factory):
         patch.setattr(train, "SAVE_SECONDS", 0)
         train.train_model(train.Config(dataset="digits", epochs=2, lr=0.05, device="cpu"))
         train_quietly("pets", "a.pth", epochs=1)
-        train_quietly("pets", "whole.pth", lr=0.03)
+        for ending in ("json", "npz", "png"):
+            Path(f"a.ood.{ending}").write_text("an evaluation")
+        train_quietly("pets", "whole.pth")
         interrupted = mock.Mock(side_effect=[0.5, KeyboardInterrupt])  # after two epochs
         patch.setattr(train, "get_accuracy", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -120,22 +125,13 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture
 def in_tiny_run(tiny_folder, tmp_path, tiny, monkeypatch):
-    """A folder of the test's own with digits_resnet18.pth, of the tiny network, and its log."""
+    """The working directory of a test: a copy of tiny_folder."""
     monkeypatch.chdir(shutil.copytree(tiny_folder, tmp_path / "runs"))
     return tmp_path / "runs"
 
 
 @pytest.fixture
-def cut_run(in_tiny_run):
-    """(data set, checkpoint, state) of a tiny run that was interrupted in its second epoch."""
-    return in_tiny_run / "pets", in_tiny_run / "cut.pth", in_tiny_run / "cut.resume.pth"
-
-
-@pytest.fixture
 def no_network(monkeypatch):
     """Every download fails at once, as on a machine without a network."""
-
-    def refuse(*args, **kwargs):
-        raise OSError("Name or service not known")
-
+    refuse = mock.Mock(side_effect=OSError("Name or service not known"))
     monkeypatch.setattr("urllib.request.urlopen", refuse)

@@ -1,5 +1,6 @@
 """Did it help? Runs that are kept apart, grouped by setting, and compared with intervals."""
 
+import io
 import json
 import os
 import re
@@ -7,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, same_bits, train_quietly, write_images
+from conftest import ROOT, files_of, read_json, same_bits, train_quietly, write_images
+from PIL import Image
 from scipy import stats
 
 import ood_data
@@ -22,27 +23,29 @@ SETS = ("right / wrong", "gaussian", "blob", "svhn", "photos")
 
 
 def make_evaluation(path, seed, figures, epochs_done=3, **settings):
-    """What test.py writes of a run, with an AUROC for each of SETS after the error rate."""
+    """What test.py writes of a run: an error rate, then the AUROC of each of SETS.
+
+    Every other metric is 1 above the one before it, which says where a cell comes from.
+    """
     error_rate, *aurocs = figures
     run = {"path": path, "sha256": path, "error_rate": error_rate, "threshold": {"msp": 0.5}}
     if settings:
         settings = {"weight_decay": 1e-4, "stem": "imagenet", "images": 50000} | settings
         run["training"] = {"seed": seed, "settings": settings, "epochs_done": epochs_done}
-    row = {"checkpoint": path, "score": "msp"}
-    rows = [row | {"set": name, "auroc": a} for name, a in zip(SETS, aurocs, strict=True)]
+        run["training"]["accuracy"] = [0.1, 0.4]
+    rows = []
+    for name, auroc in zip(SETS, aurocs, strict=True):
+        metrics = {metric: auroc + i for i, metric in enumerate(evaluation.METRICS)}
+        rows.append({"checkpoint": path, "score": "msp", "set": name} | metrics)
+    classes = {"checkpoint": path, "images": 9, "effective_classes": 5 + 2 * seed}
+    sets = [classes | {"set": name} for name in ("closed set", *SETS[1:])]
     config = {"dataset": "none", "score": "msp", "seed": 0, "ood_types": SETS[1:]}
     results = {"config": config, "skipped": {}, "checkpoints": [run], "rows": rows}
-    return results | {"sets": [{"checkpoint": path, "set": name, "images": 9} for name in SETS]}
+    return results | {"sets": sets}
 
 
 def draw_figures(count, seed=0):
     return np.random.default_rng(seed).normal(70, 5, (count, len(SETS) + 1))
-
-
-def cell_of(difference, half_width):
-    low, high = difference - half_width, difference + half_width
-    marked = " *" if low > 0 or high < 0 else ""
-    return f"{difference:+.2f} [{low:.2f}, {high:.2f}]{marked}"
 
 
 def lines_of(figures):
@@ -51,41 +54,38 @@ def lines_of(figures):
     return np.column_stack([figures, noises, images])
 
 
-def test_two_settings_with_the_same_seeds_are_compared_by_pairs(capsys):
-    """In whatever order; by the formula of the paired t interval."""
-    base, tweak = draw_figures(3), draw_figures(3, seed=1) + [0, 9, 9, 9, 9, 9]
-    evaluations = [make_evaluation(f"b{i}", i, base[i], weight_decay=1e-4) for i in range(3)]
-    evaluations += [make_evaluation(f"{i}", i, tweak[i], weight_decay=5e-4) for i in (2, 0, 1)]
+@pytest.mark.parametrize("seeds,how", [
+    ((2, 0, 1), "paired by seed"), ((7,), "unpaired"), ((7, 8, 9), "unpaired")
+])  # fmt: skip
+def test_two_settings_are_compared_with_intervals(seeds, how, capsys):
+    """By the formula of Student's interval, of pairs or of two groups; a group may be one run."""
+    base, tweak = draw_figures(3), draw_figures(len(seeds), seed=1)
+    tweak[:, 1:] += 9
+    evaluations = [make_evaluation(f"b{i}", i, base[i], lr=0.1) for i in range(3)]
+    for seed, figures in zip(seeds, tweak, strict=True):
+        evaluations.append(make_evaluation(f"{seed}", seed, figures, lr=0.2))
     results = evaluation.combine([], evaluations)
-    groups = [run["group"] for run in results["checkpoints"]]
-    assert groups == ["weight_decay 0.0001"] * 3 + ["weight_decay 0.0005"] * 3
     table = evaluation.compare(results)
     assert list(table.index) == ["error rate", *SETS, "mean of noises", "mean of image sets"]
-    first, second, difference = table.columns
-    assert first == "weight_decay 0.0001 (3 runs)" and "paired by seed" in difference
-    pairs = lines_of(tweak) - lines_of(base)
-    half_width = stats.t.ppf(0.975, 2) * pairs.std(0, ddof=1) / 3**0.5
-    assert list(table[difference]) == list(map(cell_of, pairs.mean(0), half_width))
-    mean, spread = lines_of(base).mean(0), lines_of(base).std(0, ddof=1)
-    assert list(table[first]) == [f"{m:.2f} +- {s:.2f}" for m, s in zip(mean, spread, strict=True)]
+    first, _, title = table.columns
+    assert first == "lr 0.1 (3 runs)" and title == f"lr 0.2 minus lr 0.1, {how}"
+
+    a, b = lines_of(base), lines_of(tweak)
+    if how == "unpaired":
+        squares = ((a - a.mean(0)) ** 2).sum(0) + ((b - b.mean(0)) ** 2).sum(0)
+        freedom = 1 + len(seeds)
+        error = np.sqrt(squares / freedom * (1 / 3 + 1 / len(seeds)))
+    else:
+        pairs = b - a[list(seeds)]
+        freedom = 2
+        error = pairs.std(0, ddof=1) / 3**0.5
+    half_width = stats.t.ppf(0.975, freedom) * error
+    for cell, difference, half in zip(table[title], b.mean(0) - a.mean(0), half_width, strict=True):
+        low, high = difference - half, difference + half
+        marked = " *" if low > 0 or high < 0 else ""
+        assert cell == f"{difference:+.2f} [{low:.2f}, {high:.2f}]{marked}"
     evaluation.print_comparison(results)
     assert "8 intervals at 95%" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_other_seeds_are_compared_by_students_interval(count):
-    """For one run against five: t of 4 degrees times s sqrt(1 + 1/5), a prediction interval."""
-    base, tweak = draw_figures(5), draw_figures(count, seed=1)
-    earlier = [make_evaluation(f"b{i}.pth", i, base[i], lr=0.1) for i in range(5)]
-    mine = [make_evaluation(f"m{i}.pth", 7 + i, tweak[i], lr=0.2) for i in range(count)]
-    *_, column = evaluation.compare(evaluation.combine(earlier, mine)).items()
-    title, cells = column
-    assert "unpaired" in title
-    a, b = lines_of(base), lines_of(tweak)
-    squares = ((a - a.mean(0)) ** 2).sum(0) + ((b - b.mean(0)) ** 2).sum(0)
-    s = np.sqrt(squares / (3 + count))
-    half_width = stats.t.ppf(0.975, 3 + count) * s * np.sqrt(1 / 5 + 1 / count)
-    assert list(cells) == list(map(cell_of, b.mean(0) - a.mean(0), half_width))
 
 
 @pytest.mark.parametrize("seeds,cell", [((0, 1), "-0.28"), ((2, 3), "-0.28 [")])
@@ -102,17 +102,14 @@ def test_equal_differences_leave_no_interval(seeds, cell, recwarn):
     assert ("[" in cells["error rate"]) == ("[" in cell) and not recwarn.list
 
 
-def test_a_run_of_unknown_code_is_not_averaged_in_silence(capsys):
+def test_runs_of_unknown_code_or_one_seed_are_not_averaged_in_silence(capsys):
     runs = [make_evaluation("a.pth", 0, draw_figures(1)[0], lr=0.1)]
-    runs.append(make_evaluation("b.pth", 1, draw_figures(1)[0], lr=0.1, code="edited"))
+    runs.append(make_evaluation("b.pth", 0, draw_figures(1)[0], lr=0.1, code="edited"))
     evaluation.print_comparison(evaluation.combine(runs[:1], runs[1:]))
-    assert "may differ, too: unknown, edited." in capsys.readouterr().out
-    results = evaluation.combine([], runs)
-    assert len({run["group"] for run in results["checkpoints"]}) == 1
-    for row in (*results["rows"], *results["sets"]):
-        row |= dict.fromkeys((*evaluation.METRICS, "effective_classes"), 50.0)
-    evaluation.print_tables(results)
-    assert "The code of some of these runs is unknown" in capsys.readouterr().out
+    assert "unknown, edited." in capsys.readouterr().out
+    evaluation.print_tables(evaluation.combine([], runs))
+    out = capsys.readouterr().out
+    assert "of 2 runs" in out and "is unknown" in out and "have the same seed" in out
 
 
 def test_one_run_against_one_has_no_interval(capsys):
@@ -124,20 +121,41 @@ def test_one_run_against_one_has_no_interval(capsys):
     results["config"]["dataset"] = "cifar100"
     evaluation.print_comparison(results)
     out = capsys.readouterr().out
-    assert "no interval" in out and "shipped" in out
-    shipped = pd.DataFrame(json.loads(evaluation.SEEDS.read_text())["rows"])
-    svhn = shipped[(shipped["set"] == "svhn") & (shipped["score"] == "msp")]["auroc"]
-    (line,) = [line for line in out.splitlines() if line.startswith("| svhn")]
-    assert line.split("|")[-2].strip() == f"{np.ptp(svhn):.2f}"
+    shipped = read_json(evaluation.SEEDS)["rows"]
+    svhn = [row["auroc"] for row in shipped if (row["set"], row["score"]) == ("svhn", "msp")]
+    assert "no interval" in out
+    assert re.search(rf"\| svhn .*\| +{np.ptp(svhn):.2f} \|\n", out)
+
+
+def test_tables_show_their_own_figures_and_the_published_run(capsys):
+    evaluations = []
+    for i in range(2):
+        figures = [46 + i, *[10 + 2 * i] * 4, 16 + 2 * i]
+        evaluations.append(make_evaluation(f"{i}", i, figures, **evaluation.PUBLISHED_RECIPE))
+    results = evaluation.combine([], evaluations)
+    results["skipped"] = {"rademacher": "no reason"}
+    results["rows"] += [row | {"score": "a score of the file"} for row in results["rows"]]
+    evaluation.print_tables(results)
+    out = capsys.readouterr().out
+    assert "46.50 +- 0.71 (published 46.30)" in out
+    assert "is unknown" not in out and "have the same seed" not in out
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    tables = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    means = [f"{mean}.00 +- 1.41" for mean in (11, 12, 13, 14, 15)]
+    assert ["svhn", *means, "6.00 +- 1.41", "66.97 / 91.65 / 89.05"] in tables
+    assert ["rademacher", *["skipped"] * 6, "69.91 / 93.18 / 96.15"] in tables
+    assert ["mean of noises", *["11.00 +- 1.41"] * 2] in tables  # by the scores of the file
+    assert ["mean of image sets", *["14.00 +- 1.41"] * 2] in tables
+    results["checkpoints"][1]["training"]["epochs_done"] = 99
+    evaluation.print_tables(results)
+    assert "published" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("runs,earlier,names", [
-    ([{"lr": 0.1, "code": "a"}, {"lr": 0.1, "code": "a"}], 0, ["0", "0"]),
     ([{"lr": 0.1, "code": "a"}, {"lr": 0.1, "code": "b"}], 0, ["code a", "code b"]),
     ([{"lr": 0.1, "code": "a"}, {"lr": 0.2, "code": "b"}], 0, ["lr 0.1", "lr 0.2"]),
     ([{"lr": 0.1, "stem": "x"}, {"lr": 0.2, "stem": "x"}, {"lr": 0.1, "stem": "y"}], 0,
      ["stem x, lr 0.1", "stem x, lr 0.2", "stem y, lr 0.1"]),
-    ([{"lr": 0.1}, {"lr": 0.1, "epochs_done": 2}], 0, ["epochs_done 3", "epochs_done 2"]),
     ([{"lr": 0.1}, {"lr": 0.1, "epochs_done": 2}, {"lr": 0.2}], 0,
      ["lr 0.1, epochs_done 3", "lr 0.1, epochs_done 2", "lr 0.2, epochs_done 3"]),
     # A log without code matches any, but the group then has one code.
@@ -157,13 +175,27 @@ def test_groups_are_named_by_what_differs(runs, earlier, names):
     assert [run["group"] for run in results["checkpoints"]] == names
 
 
+def test_the_picture_shows_every_run():
+    """Nothing but white along its borders; dots of the first group on every line."""
+    evaluations = [make_evaluation(f"{i}.pth", i, [50] + [60] * 5, lr=i) for i in range(3)]
+    results = evaluation.combine([], evaluations)
+    for row in results["rows"]:
+        row["set"] += " of images in a folder with a long name"
+    with Image.open(io.BytesIO(evaluation.draw(results))) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    for border in (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:]):
+        assert (border == 255).all()
+    blue = pixels[..., 2] - pixels[..., 0] > 80
+    assert blue.sum() > 30 * len(SETS)
+
+
 def copy_run(folder, name, seed, shift, **settings):
     """A copy of the digits run with another seed, other settings and a few other logits."""
     state = torch.load("digits_resnet18.pth", weights_only=True)
     *_, bias = state
     state[bias] = state[bias] + shift * torch.linspace(-1, 1, 10)
     torch.save(state, folder / f"{name}.pth")
-    log = json.loads(Path("digits_resnet18.json").read_text())
+    log = read_json("digits_resnet18.json")
     log["config"] |= settings | {"seed": seed}
     (folder / f"{name}.json").write_text(json.dumps(log))
     return str(folder / f"{name}.pth")
@@ -174,67 +206,54 @@ def test_runs_are_compared_from_the_command_line(in_tiny_run, tmp_path, command)
     base = [copy_run(tmp_path, f"base{seed}", seed, 0.1 * seed) for seed in range(2)]
     tweak = [copy_run(tmp_path, f"t{seed}", seed, 2 + 0.3 * seed, lr=0.9) for seed in range(2)]
     status, out, _ = command("test.py", "--checkpoint", *base, "--ood-types", "blob", "gaussian")
-    assert status == 0 and "of 2 runs, mean +- standard deviation" in out and "minus" not in out
-    files = sorted(path.name for path in tmp_path.glob("*.ood.*"))
-    assert files == ["base0.ood.json", "base0.ood.npz", "base0_and_1.ood.json",
-                     "base0_and_1.ood.png", "base1.ood.json", "base1.ood.npz"]  # fmt: skip
+    assert status == 0 and "of 2 runs" in out and "minus" not in out
+    assert set(files_of(tmp_path, "base1.ood")) == {".json", ".npz"}
+    assert set(files_of(tmp_path, "base0_and_1.ood")) == {".json", ".png"}
     for path in base:
-        shutil.move(path, path + ".gone")
+        Path(path).unlink()
     flags = ["--checkpoint", *tweak, "--ood-types", "blob", "photos", "--name", "both", "--compare"]
     earlier = [tmp_path / f"base{seed}.ood.json" for seed in range(2)]
-    status, out, _ = command("test.py", *flags, *earlier)
-    assert status == 0 and out.count("Error Rate") == 2
-    assert "lr 0.9 minus lr 0.05, paired by seed" in out
-    assert "Left out, not in every evaluation: gaussian, photos." in out
-    results = json.loads((tmp_path / "both.ood.json").read_text())
-    assert [run["training"]["seed"] for run in results["checkpoints"]] == [0, 1, 0, 1]
-    own = json.loads((tmp_path / "t1.ood.json").read_text())
-    assert {row["checkpoint"] for row in own["rows"]} == {tweak[1]}
-    assert {row["group"] for row in own["rows"]} == {"lr 0.9"}
-    assert own["checkpoints"][0]["training"]["settings"]["lr"] == 0.9
-    with_both = command("test.py", *flags, tmp_path / "base0_and_1.ood.json")[1]
-    assert "paired by seed" in with_both
+    for files in (earlier, [tmp_path / "base0_and_1.ood.json"]):
+        status, out, _ = command("test.py", *flags, *files)
+        assert status == 0 and out.count("Error Rate") == 2
+        assert "lr 0.9 minus lr 0.05, paired by seed" in out
+        assert "Left out, not in every evaluation: gaussian, photos." in out
+    runs = read_json(tmp_path / "both.ood.json")["checkpoints"]
+    assert [run["training"]["seed"] for run in runs] == [0, 1, 0, 1]
+    (run,) = read_json(tmp_path / "t1.ood.json")["checkpoints"]
+    assert run["path"] == tweak[1] and run["group"] == "lr 0.9"
 
-    def edit(name, change):
-        results = json.loads(earlier[0].read_text())
-        change(results)
-        (tmp_path / f"{name}.ood.json").write_text(json.dumps(results))
-
-    edit("count", lambda results: results["sets"][0].update(images=361))
-    edit("content", lambda results: results["content"].update({"closed set": "other"}))
-    edit("empty", lambda results: results.update(rows=[]))
-    edit("code", lambda results: results.update(code="edited"))
-    _, _, err = command("test.py", *flags, tmp_path / "code.ood.json")
-    assert "ood_utils.py has changed since" in err
-    (tmp_path / "log.ood.json").write_text((tmp_path / "t0.json").read_text())
+    results = read_json(earlier[0])
+    edits = {
+        "count": {"sets": [row | {"images": 361} for row in results["sets"]]},
+        "content": {"content": {"closed set": "other"}},
+        "empty": {"rows": []},
+        "code": {"code": "edited"},
+    }
+    for name, edit in edits.items():
+        (tmp_path / f"{name}.ood.json").write_text(json.dumps(results | edit))
+    status, _, err = command("test.py", *flags, tmp_path / "code.ood.json")
+    assert status == 0 and "ood_utils.py has changed since" in err
     for file, message in (
         ("count.ood.json", "images of closed set 361 -> 360"),
         ("content.ood.json", "content of closed set other -> "),
-        ("empty.ood.json", "is not an .ood.json file of test.py"),
-        ("log.ood.json", "is not an .ood.json file of test.py"),
+        ("empty.ood.json", "is not an .ood.json file"),
+        ("t0.json", "is not an .ood.json file"),
         ("none.ood.json", "No such file"),
         ("t1.ood.json", "pass it once"),
         (ROOT / "results/cifar100_seeds.ood.json", "closed set cifar100 -> digits"),
     ):
         status, _, err = command("test.py", *flags, tmp_path / file)
         assert status == 2 and message in err and err.count("\n") == 2, err
-    shutil.copy(tweak[0], tmp_path / "twin.pth")
-    for twin in ("twin.pth", "t0.pth"):
-        status, _, err = command("test.py", "--checkpoint", tweak[0], tmp_path / twin)
-        assert status == 2 and "has the weights of" in err
+    twin = shutil.copy(tweak[0], tmp_path / "twin.pth")
+    status, _, err = command("test.py", "--checkpoint", tweak[0], twin)
+    assert status == 2 and "has the weights of" in err
 
 
-def test_two_runs_of_one_seed_are_named(in_tiny_run, tmp_path, command):
-    runs = [copy_run(tmp_path, name, 0, shift) for name, shift in (("a", 0), ("b", 0.1))]
-    out = command("test.py", "--ood-types", "blob", "--checkpoint", *runs)[1]
-    assert "of 2 runs" in out and "have the same seed" in out
-
-
-def test_the_checkpoint_of_train_is_the_default(in_tiny_run, command, monkeypatch):
-    """Also where it is edited in train.py's Config."""
+def test_the_checkpoint_edited_in_train_is_the_default(monkeypatch):
     monkeypatch.setattr(train.Config, "checkpoint", "nosuch.pth")
-    status, _, err = command("test.py", "--dataset", "digits")
-    assert status == 2 and "No checkpoint at nosuch.pth" in err
+    with pytest.raises(InputError, match="No checkpoint at nosuch.pth"):
+        evaluation.load(evaluation.Config(dataset="digits"))
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_scoring(in_tiny_run, monkeypatch):
@@ -245,79 +264,53 @@ def test_a_folder_that_cannot_be_written_is_refused_before_scoring(in_tiny_run, 
 
 def test_the_shipped_results_are_not_written_over(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "RESULTS", tmp_path)
-    config = evaluation.Config()
-    assert evaluation.output_path(config, tmp_path / "a.pth", ".x").parent == Path()
-    config = evaluation.Config(output=str(tmp_path))
-    assert evaluation.output_path(config, tmp_path / "a.pth", ".x") == tmp_path / "a.x"
+    for output, path in ((None, Path("a.x")), (str(tmp_path), tmp_path / "a.x")):
+        config = evaluation.Config(output=output)
+        assert evaluation.output_path(config, tmp_path / "a.pth", ".x") == path
 
 
-def files_of(folder, stem):
-    return {path.name.removeprefix(stem): path.read_bytes() for path in folder.glob(f"{stem}.*")}
-
-
-@pytest.fixture
-def finished(in_tiny_run):
-    """(data set, checkpoint, its files) of a finished run that was evaluated."""
-    for ending in ("json", "npz", "png"):
-        (in_tiny_run / f"a.ood.{ending}").write_bytes(ending.encode())
-    return in_tiny_run / "pets", in_tiny_run / "a.pth", files_of(in_tiny_run, "a")
-
-
-@pytest.mark.parametrize("option,message", [
-    ({"lr": 0.03}, "lr 0.02 -> 0.03"),
-    ({"seed": 1}, "seed 0 -> 1"),
-    ({}, "code ........ -> edited"),
-    ({"content": "other"}, "content ........ -> other"),  # a folder of the same name
+@pytest.mark.parametrize("option,digest,message", [
+    ({"lr": 0.03, "seed": 1}, None, "lr 0.02 -> 0.03, seed 0 -> 1"),
+    ({}, (train, "digest_code"), "code ........ -> edited"),
+    ({}, (ood_data, "digest"), "content ........ -> edited"),  # a folder of the same name
 ])  # fmt: skip
-def test_a_finished_run_of_another_kind_is_kept(finished, option, message, monkeypatch, capsys):
-    folder, path, before = finished
-    if not option:
-        monkeypatch.setattr(train, "digest_code", lambda *files: "edited")
-    if "content" in option:
-        content = option.pop("content")
-        monkeypatch.setattr(ood_data, "digest", lambda loader: content)
-    train_quietly(folder, path, epochs=1, **option)
+def test_a_finished_run_is_kept(option, digest, message, in_tiny_run, monkeypatch, capsys):
+    before = files_of(in_tiny_run, "a")
+    if digest:
+        monkeypatch.setattr(*digest, lambda *args: "edited")
+    train_quietly("pets", "a.pth", epochs=1, **option)
     out = capsys.readouterr().out
-    assert re.search(f"kept the finished run as .*a.1.pth \\({message}\\)", out)
-    assert f"test.py --checkpoint {path.with_name('a.1.pth')} {path}" in out
-    assert "starting over" not in out
-    train_quietly(folder, path, epochs=1, **option)  # the same again starts over
+    assert re.search(f"kept the finished run as a.1.pth \\({message}\\)", out)
+    assert "test.py --checkpoint a.1.pth a.pth" in out and "starting over" not in out
+    train_quietly("pets", "a.pth", epochs=1, **option)  # the same again starts over
     out = capsys.readouterr().out
-    assert "starting over: the first save replaces" in out and "kept" not in out
-    assert files_of(path.parent, "a.1") == before
-    assert not path.with_name("a.2.pth").exists() and path.exists()
+    assert "starting over" in out and "kept" not in out
+    assert files_of(in_tiny_run, "a.1") == before and not files_of(in_tiny_run, "a.2")
 
 
-@pytest.mark.parametrize("moves", range(17))
-def test_a_kill_before_a_file_is_moved_loses_nothing(finished, moves, monkeypatch, capsys):
+@pytest.mark.parametrize("moves", range(16))
+def test_a_kill_before_a_file_is_moved_loses_nothing(moves, in_tiny_run, monkeypatch, capsys):
     """First the five files of the kept run, then in each of four epochs state, checkpoint, log."""
-    folder, path, before = finished
-    moved = []
+    before = files_of(in_tiny_run, "a")
+    replace, moved = os.replace, []
 
-    def until_killed(operation):
-        def run(*args, **options):
-            if len(moved) == moves:
-                raise KeyboardInterrupt
-            operation(*args, **options)
-            moved.append(Path(args[-1]).name)
-
-        return run
+    def until_killed(*paths):
+        if len(moved) == moves:
+            raise KeyboardInterrupt
+        replace(*paths)
+        moved.append(paths)
 
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.os, "replace", until_killed(train.os.replace))
-        patch.setattr(Path, "unlink", until_killed(Path.unlink))  # of the last state
-        train_quietly(folder, path, lr=0.03)
+        patch.setattr(os, "replace", until_killed)
+        train_quietly("pets", "a.pth")
     capsys.readouterr()
-    saves = ["a.resume.pth", "a.pth", "a.json"] * 3 + ["a.pth", "a.json", "a.resume.pth"]
-    assert moved[5:] == saves[: max(moves - 5, 0)]
-    state_is_there = path.with_name("a.resume.pth").exists()
-    train_quietly(folder, path, lr=0.03, resume=state_is_there)
+    train_quietly("pets", "a.pth", resume=Path("a.resume.pth").exists())
     saved = min((moves - 3) // 3, 3)
     assert (f"resuming after epoch {saved} of 4" in capsys.readouterr().out) == (saved > 0)
-    assert same_bits(path, path.with_name("whole.pth"))
-    assert files_of(path.parent, "a.1") == before and not path.with_name("a.2.pth").exists()
-    assert not path.with_name("a.resume.pth").exists()
+    assert same_bits("a.pth", "whole.pth")
+    assert files_of(in_tiny_run, "a.1") == before and not files_of(in_tiny_run, "a.2")
+    assert not Path("a.resume.pth").exists()
 
 
 def test_the_name_has_the_seed():
@@ -326,26 +319,22 @@ def test_the_name_has_the_seed():
     assert str(train.checkpoint_path("b.pth", "digits", 3)) == "b.pth"
 
 
+CODE = 'class Config:\n    lr = 0.1\n\n\ndef double(x):\n    "Twice x."\n    return 2 * x\n'
+
+
 def test_words_in_the_code_do_not_count_and_what_is_computed_does(tmp_path):
-    texts = {tmp_path / name: (ROOT / name).read_text() for name in ("train.py", "ood_data.py")}
+    files = [tmp_path / "a.py", tmp_path / "b.py"]
 
-    def digest(edits):
-        for file, text in texts.items():
-            for old, new in edits.items():
-                text = text.replace(old, new)
+    def digest(*texts):
+        for file, text in zip(files, texts, strict=True):
             file.write_text(text)
-        return train.digest_code(*texts)
+        return train.digest_code(*files)
 
-    code = digest({})
-    words = {
-        '"""Pad with black': '"""Pad it',
-        "    return crop_and_flip": "\n    # so\n    return crop_and_flip",
-        "def build_optimizer(model, config):\n": 'def build_optimizer(model, config):\n    "x"\n',
-        "    epochs: int = 100": "    epochs: int = 9",
-    }
-    assert digest(words) == code
-    assert digest({"F.cross_entropy(model(images)": "F.cross_entropy(2 * model(images)"}) != code
-    assert digest({"MEAN = (0.4914": "MEAN = (0.5"}) != code
+    code = digest(CODE, CODE)
+    words = CODE.replace("0.1", "0.2").replace('    "Twice x."\n', "\n    # so\n")
+    computed = CODE.replace("2 * x", "3 * x")
+    assert digest(words, words) == code
+    assert digest(computed, CODE) != code and digest(CODE, computed) != code
 
 
 def contents_of(loader):
@@ -364,24 +353,21 @@ def test_validation_images_are_neither_trained_on_nor_tested_on():
 
 
 def test_a_run_with_validation_never_reads_the_test_images(in_tiny_run, command, monkeypatch):
-    read, splits = ood_data.CLOSED_SETS["digits"], []
+    read = ood_data.CLOSED_SETS["digits"]
 
-    def note_split(root, train):
-        splits.append(train)
+    def read_training_images(root, train):
+        assert train
         return read(root, train)
 
-    monkeypatch.setitem(ood_data.CLOSED_SETS, "digits", note_split)
-    options = {"dataset": "digits", "checkpoint": "v.pth", "device": "cpu"}
-    train.train_model(train.Config(**options, epochs=1, validation=200))
-    assert set(splits) == {True}
-    log = json.loads((in_tiny_run / "v.json").read_text())
-    assert "test_accuracy" not in log["epochs"][0] and log["validation_images"] == 200
+    monkeypatch.setitem(ood_data.CLOSED_SETS, "digits", read_training_images)
+    train_quietly("digits", "v.pth", epochs=1, batch_size=128, validation=200)
+    (epoch,) = read_json("v.json")["epochs"]
     flags = ["--split", "validation", "--ood-types", "blob", "--checkpoint"]
     status, out, _ = command("test.py", *flags, "v.pth")
     assert status == 0 and "validation images" in out
-    results = json.loads((in_tiny_run / "v.ood.json").read_text())
+    results = read_json("v.ood.json")
     (run,) = results["checkpoints"]
-    assert run["error_rate"] == pytest.approx(100 * (1 - log["epochs"][0]["validation_accuracy"]))
+    assert run["error_rate"] == pytest.approx(100 * (1 - epoch["validation_accuracy"]))
     *_, row = results["rows"]
     assert (row["set"], row["positives"], row["negatives"]) == ("blob", 200, 40)
     status, _, err = command("test.py", *flags, "digits_resnet18.pth")
