@@ -1,6 +1,7 @@
 """The command lines as a user starts them: digits from end to end, the report, bad input."""
 
 import hashlib
+import os
 import re
 import shutil
 import sys
@@ -71,18 +72,14 @@ def test_the_files_are_there_before_the_report(in_tiny_run, monkeypatch):
 
 def test_unavailable_sets_are_skipped_and_files_kept(in_tiny_run, command, no_network, monkeypatch):
     """In a report of another score than MSP; a reader that fails is named by file and line."""
-
-    def read(root, count):
-        raise OSError("no such tape")
-
-    monkeypatch.setitem(ood_data.OOD_IMAGES, "tapes", read)
+    monkeypatch.setitem(ood_data.OOD_IMAGES, "tapes", lambda *args: os.listdir("no such tape"))
     flags = ["--dataset", "digits", "--data-root", in_tiny_run, "--score", "gen", "--ood-types"]
     status, out, _ = command("test.py", *flags, "svhn", "tapes", "gaussian")
     results = read_json("digits_resnet18.ood.json")
     (row,) = (row for row in results["rows"] if (row["set"], row["score"]) == ("gaussian", "gen"))
     assert status == 1 and f"ood type: gaussian\nAUROC: {row['auroc']:.4f}," in out
-    for name, reason in (("svhn", "SVHN is missing"), ("tapes", "no such tape (test_commands.py:")):
-        assert results["skipped"][name].startswith(reason)
+    for name, reason in (("svhn", "SVHN is missing"), ("tapes", "tape' (test_commands.py:")):
+        assert reason in results["skipped"][name]
         assert f"ood type: {name}\nskipped: {results['skipped'][name]}\n" in out
 
     before = files_of(in_tiny_run, "digits_resnet18")

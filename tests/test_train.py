@@ -207,11 +207,7 @@ def test_captured_steps_have_the_bits_of_eager_ones(monkeypatch):
 ])  # fmt: skip
 def test_the_log_holds_settings_data_and_rates(settings, rates, in_tiny_run, monkeypatch):
     """The rates by hand; they are the optimizer's, too, which gives them as losses here."""
-
-    def rate_of(model, optimizer, *others):
-        return optimizer.param_groups[0]["lr"]
-
-    monkeypatch.setattr(train, "train_epoch", rate_of)
+    monkeypatch.setattr(train, "train_epoch", lambda _, sgd, *rest: sgd.param_groups[0]["lr"])
     train_quietly("pets/", "new.pth", **settings)
     log = read_json("new.json")
     for name in ("lr", "loss"):
