@@ -1,7 +1,5 @@
 """Scores and metrics against brute force, formulas and answers known by hand; files; device."""
 
-import contextlib
-from fractions import Fraction
 from itertools import pairwise, permutations
 
 import numpy as np
@@ -13,69 +11,68 @@ from ood_utils import SCORES, InputError, get_ood_scores, get_performance, get_t
 
 
 def brute_force(pos, neg):
-    """AUROC, average precision and FPR95 by counting, in exact rational arithmetic."""
-    pairs = [Fraction(int(p > n) + int(p >= n), 2) for p in pos for n in neg]
-    auroc = sum(pairs) / len(pairs)
-    aupr, recall_before, fpr95 = Fraction(0), Fraction(0), None
+    """AUROC, average precision and FPR95 by counting."""
+    wins = [(float(p > n) + float(p >= n)) / 2 for p in pos for n in neg]
+    aupr, recall_before, fpr95 = 0, 0, None
     for threshold in sorted({*pos, *neg}, reverse=True):
-        true = int(sum(p >= threshold for p in pos))
-        false = int(sum(n >= threshold for n in neg))
-        recall = Fraction(true, len(pos))
-        aupr += (recall - recall_before) * Fraction(true, true + false)
+        true = np.sum(pos >= threshold)
+        false = np.sum(neg >= threshold)
+        recall = true / len(pos)
+        aupr += (recall - recall_before) * true / (true + false)
         recall_before = recall
-        if fpr95 is None and recall >= Fraction(95, 100):
-            fpr95 = Fraction(false, len(neg))
-    return [float(x) for x in (auroc, aupr, fpr95)]
+        if fpr95 is None and 100 * true >= 95 * len(pos):
+            fpr95 = false / len(neg)
+    return np.mean(wins), aupr, fpr95
 
 
 rng = np.random.default_rng(0)
-CASES = {
-    "distinct": (rng.normal(1, 1, 60), rng.normal(0, 1, 40)),
-    "ties": (rng.integers(0, 6, 80).astype(float), rng.integers(0, 5, 30).astype(float)),
-    "all tied": (np.ones(7), np.ones(3)),
-    "one each": (np.array([0.2]), np.array([0.7])),
-    "saturated MSP": (np.array([1.0] * 50 + [0.5] * 3), np.array([1.0] * 9 + [0.9])),
-    "recall exactly 0.95": (np.arange(20.0), np.array([0.5, 1.0, 1.5, 18.0])),
-    "0.95 between two": (np.arange(41.0), np.arange(-1, 40, 3) + 0.5),
-    "far apart in size": (np.array([1e-300, 1e300, 1.0]), np.array([1e-12, 2.0])),
-}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_performance_equals_brute_force_in_both_conventions(name):
-    pos, neg = CASES[name]
+@pytest.mark.parametrize("pos,neg", [
+    (rng.normal(1, 1, 60), rng.normal(0, 1, 40)),
+    (rng.integers(0, 6, 80).astype(float), rng.integers(0, 5, 30).astype(float)),  # ties
+    (np.ones(7), np.ones(3)),
+    (np.array([0.2]), np.array([0.7])),
+    (np.arange(20.0), np.array([0.5, 1.0, 1.5, 18.0])),  # a recall of exactly 0.95
+    (np.arange(41.0), np.arange(-1, 40, 3) + 0.5),  # and none
+    (np.array([1e-300, 1e300, 1.0]), np.array([1e-12, 2.0])),
+])  # fmt: skip
+def test_performance_equals_brute_force_in_both_conventions(pos, neg):
     for one, other in ((pos, neg), (-neg, -pos)):
-        expected = brute_force(one, other)
-        np.testing.assert_allclose(get_performance(one, other), expected, rtol=0, atol=1e-12)
+        found = get_performance(one, other)
+        np.testing.assert_allclose(found, brute_force(one, other), rtol=0, atol=1e-12)
 
 
 def test_performance_known_by_hand(capsys):
-    assert get_performance([3, 4], [1, 2]) == (1, 1, 0)
-    assert get_performance([1, 2], [3, 4])[::2] == (0, 1)
     # Precision at the positives: 1/1 and 2/3; the second is reached past one of two negatives.
     np.testing.assert_allclose(get_performance([4, 2], [3, 1]), (0.75, (1 + 2 / 3) / 2, 0.5))
-    column, row = torch.tensor([[3.0], [4.0]]), np.array([[1.0, 2.0]])
-    assert get_performance(column, row)[0] == 1  # (N, 1) and (1, N) are (N,)
     ood_utils.show_performance([4, 2, 5], [3, 1])
     assert capsys.readouterr().out == "AUROC: 83.3333, AUPR: 91.6667, FPR95: 50.0000\n"
-
-
-@pytest.mark.parametrize("pos,neg,message", [
-    ([], [1.0], "positive scores must be"),
-    ([1.0], [], "negative scores must be"),
-    ([1.0, float("nan")], [1.0], "positive scores .* 1 are not finite"),
-    ([1.0], [float("inf"), float("-inf")], "negative scores .* 2 are not finite"),
-    (np.ones((3, 2)), [1.0], r"shape is \(3, 2\)"),
-])  # fmt: skip
-def test_performance_refuses(pos, neg, message):
-    with pytest.raises(ValueError, match=message):
-        get_performance(pos, neg)
-
-
-def test_the_threshold_is_that_of_fpr95():
     assert get_threshold(np.arange(20.0)) == 1  # 19 of 20 are at least 1
     assert get_threshold(np.arange(21.0)) == 1  # 20 of 21: 19 are 0.905
-    assert get_threshold([0.3, 0.3, 0.3]) == 0.3
+
+
+@pytest.mark.parametrize("scores", [
+    torch.tensor([3.0, 4.0], dtype=torch.bfloat16), [torch.tensor(3.0, requires_grad=True), 4.0],
+    [torch.tensor([3.0, 4.0], requires_grad=True)], np.array([3, 4], np.float16),
+    torch.tensor([3, 4]), np.ma.masked_array([3.0, 4.0], [False, False]),
+    torch.tensor([[3.0], [4.0]]), np.array([[3.0, 4.0]]),
+], ids=str)  # fmt: skip
+def test_scores_come_in_many_types(scores):
+    assert get_performance(scores, [1.0, 3.5])[0] == get_performance([5.0, 3.5], scores)[0] == 0.75
+
+
+@pytest.mark.parametrize("scores,word", [
+    ([], "finite"), ([1.0, np.nan], "finite"), ([np.inf, -np.inf], "finite"),
+    (np.ones((3, 2)), "finite"), (["1", "2"], "real"), ([None, 1.0], "real"),
+    ([True, False], "real"), (np.array([1 + 2j]), "real"), (torch.tensor([1 + 1j]), "real"),
+    (np.ma.masked_array([1.0, 2.0], [False, True]), "real"),
+], ids=str)  # fmt: skip
+def test_what_is_no_finite_real_number_is_refused(scores, word):
+    with pytest.raises(InputError, match=f"positive scores must be {word}"):
+        get_performance(scores, [1.0])
+    with pytest.raises(InputError, match=f"negative scores must be {word}"):
+        get_performance([1.0], scores)
 
 
 def test_scores_equal_their_formulas():
@@ -90,18 +87,18 @@ def test_scores_equal_their_formulas():
         "gen": -(top**0.1 * (1 - top) ** 0.1).sum(1),
     }
     for name, scores in expected.items():
-        found = getattr(ood_utils, name)(torch.from_numpy(z)).numpy()
+        found = getattr(ood_utils, name)(torch.from_numpy(z))
         np.testing.assert_allclose(found, scores, rtol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_scores_point_one_way_and_stay_finite(name):
+@pytest.mark.parametrize("scale", [5, 800])
+def test_scores_point_one_way_and_stay_finite(name, scale):
     """Confident above undecided, also where a softmax reaches exactly 1 and 0."""
-    for scale in (5, 800):
-        sure = torch.zeros(1, 100, dtype=torch.float64)
-        sure[0, 7] = scale
-        scores = [SCORES[name](logits).item() for logits in (sure, torch.zeros_like(sure))]
-        assert np.isfinite(scores).all() and scores[0] > scores[1]
+    logits = torch.zeros(2, 100, dtype=torch.float64)
+    logits[0, 7] = scale
+    sure, undecided = SCORES[name](logits)
+    assert sure.isfinite() and undecided.isfinite() and sure > undecided
 
 
 def risks_by_orders(scores, correct):
@@ -116,7 +113,6 @@ def risks_by_orders(scores, correct):
 
 @pytest.mark.parametrize("scores,correct", [
     ([3, 2, 2, 2, 1], [True, False, True, True, False]),
-    ([5, 4, 3, 2, 1, 0], [True, True, False, True, False, False]),
     ([1, 1, 1, 1], [False, True, True, True]),
     ([1, 2], [True, True]),
     ([1, 2], [False, False]),
@@ -126,64 +122,36 @@ def test_aurc_and_augrc_equal_brute_force_over_orders(scores, correct):
     assert found == pytest.approx(risks_by_orders(scores, correct), abs=1e-12)
 
 
-def test_predicted_classes_by_hand():
-    assert ood_utils.predicted_classes([7] * 10) == (1, 1)
-    assert ood_utils.predicted_classes([0, 1, 2, 3] * 5) == pytest.approx((4, 0.25))
-    # 3/4 and 1/4: the entropy is ln 4 - 3/4 ln 3
-    effective, largest = ood_utils.predicted_classes(torch.tensor([5, 5, 2, 5]))
-    assert effective == pytest.approx(4 / 3**0.75) and largest == 0.75
-
-
-class FixedLogits(torch.nn.Module):
-    """Returns its input as logits and notes how it was run."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(()))
-        self.frozen = torch.nn.BatchNorm2d(3).eval()
-        self.runs = set()
-
-    def forward(self, images):
-        self.runs.add((self.training, torch.backends.cudnn.conv.fp32_precision))
-        return images * self.weight
-
-
 def test_get_ood_scores_is_float64_in_eval_mode_without_tf32():
-    """Of any iterable, every image; in float32 a margin of 21 has a softmax of exactly 1."""
+    """In float32 a margin of 21 has a softmax of exactly 1. Afterwards all is as it was."""
     logits = torch.tensor([[0.0, 3.0], [21.0, 0.0], [1.0, 0.0]])
     labels = torch.tensor([1, 0, 1])
     expected = logits.double().softmax(1).amax(1).tolist()
-    assert logits.softmax(1).amax() == 1 and max(expected) < 1
-    model = FixedLogits()
-    batches = [(logits[:2], labels[:2]), (logits[2:], labels[2:])]
-    dataset = torch.utils.data.TensorDataset(logits, labels)
-    for loader in (batches, torch.utils.data.DataLoader(dataset, 2)):
-        scores, right, wrong = get_ood_scores(model, loader, closed_set=True)
-        assert scores.tolist() == get_ood_scores(model, loader).tolist() == expected
-        assert right.tolist() == expected[:2] and wrong.tolist() == expected[2:]
-    assert model.runs == {(False, "ieee")}
-    with pytest.raises(ValueError, match="no batch"):
-        get_ood_scores(model, [])
-
-
-def test_every_layer_and_setting_is_as_it_was_after_scoring():
-    """Or after a failure."""
-    model, convolutions = FixedLogits(), torch.backends.cudnn.conv
+    model, convolutions, runs = torch.nn.Linear(2, 2, bias=False), torch.backends.cudnn.conv, []
+    model.weight.data = torch.eye(2)
+    model.frozen = torch.nn.Dropout().eval()
+    model.register_forward_pre_hook(
+        lambda *args: runs.append((model.training, convolutions.fp32_precision))
+    )
     before = convolutions.fp32_precision
-    for loader in ([(torch.zeros(1, 2), torch.zeros(1))], [(None, None)]):
-        with contextlib.suppress(InputError):
-            get_ood_scores(model, loader)
-        assert model.training and not model.frozen.training
-        assert convolutions.fp32_precision == before
+    loader = [(logits[:2], labels[:2]), (logits[2:], labels[2:])]
+    scores, right, wrong = get_ood_scores(model, loader, closed_set=True)
+    assert scores.tolist() == get_ood_scores(model, loader).tolist() == expected
+    assert right.tolist() == expected[:2] and wrong.tolist() == expected[2:]
+    assert set(runs) == {(False, "ieee")}
+    for wrong_loader, message in (([], "no batch"), ([None], "A batch must be")):
+        with pytest.raises(ValueError, match=message):
+            get_ood_scores(model, wrong_loader)
+    assert model.training and not model.frozen.training and convolutions.fp32_precision == before
 
 
-def test_get_features_is_what_enters_the_last_linear_layer():
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3), torch.nn.ReLU())
-    model.append(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()))
+@pytest.mark.parametrize("wrap", [torch.nn.Sequential, torch.nn.DataParallel, torch.compile])
+def test_get_features_is_what_enters_the_last_linear_layer(wrap):
+    head = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3), torch.nn.ReLU(), head)
     images = torch.randn(5, 2, 2)
-    loader = [(images[:3], torch.zeros(3)), (images[3:], torch.zeros(2))]
-    features = ood_utils.get_features(model, loader)
-    assert torch.equal(features, model[:3](images)) and not model[3][0]._forward_pre_hooks
+    features = ood_utils.get_features(wrap(model), [images[:3], images[3:]])
+    assert torch.equal(features, model[:3](images)) and not head[0]._forward_pre_hooks
 
 
 def test_a_failing_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -194,7 +162,7 @@ def test_a_failing_write_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ood_utils.os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left on device: .*model.pth"):
+    with pytest.raises(OSError, match="No space .*model.pth"):
         ood_utils.write_file(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
@@ -205,5 +173,5 @@ def test_a_gpu_without_kernels_is_found_by_launching_one(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **options: gpu)
     monkeypatch.setattr(torch, "ones", lambda *size, device: real_ones(*size, device="meta"))
-    with pytest.raises(InputError, match="'cuda' cannot be used .*--device cpu"):
+    with pytest.raises(InputError, match="'cuda' cannot be used"):
         ood_utils.pick_device()
