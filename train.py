@@ -512,19 +512,16 @@ def trained_with(log):
 
 
 def differences(old, new):
-    """{name: (old, new)} of what two runs were trained with; a name that one lacks is ignored."""
-    names = [name for name in new if name in old and old[name] != new[name]]
-    return {name: (old[name], new[name]) for name in names}
-
-
-def in_words(changed):
-    """differences as text, "lr 0.1 -> 0.05"; for classes, those that only one side has."""
-    changed = dict(changed)
-    if "classes" in changed:
-        old, new = changed["classes"]
-        only = sorted(set(old) - set(new)), sorted(set(new) - set(old))
-        changed["classes"] = only if any(only) else (old[:3], new[:3])  # in another order
-    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+    """Where two runs differ in what both know, as text: "lr 0.1 -> 0.05", or ""."""
+    texts = []
+    for name in new:
+        if name not in old or old[name] == new[name]:
+            continue
+        before, after = old[name], new[name]
+        if name == "classes" and set(before) != set(after):  # not only in another order
+            before, after = sorted(set(before) - set(after)), sorted(set(after) - set(before))
+        texts.append(f"{name} {before} -> {after}")
+    return ", ".join(texts)
 
 
 def save(path, log, model, optimizer):
@@ -560,18 +557,18 @@ def keep_other_run(path, log):
         file = path.with_name(path.stem + ending)
         if file.exists():
             os.replace(file, kept.with_name(kept.stem + ending))
-    print(f"kept the finished run as {kept} ({in_words(changed)}); to compare the two:")
+    print(f"kept the finished run as {kept} ({changed}); to compare the two:")
     print(f"    python test.py --checkpoint {kept} {path}")
 
 
 def finished_otherwise(path, log):
-    """How the finished run at path differs from the run of the log; {} if there is none."""
+    """How the finished run at path differs from the run of the log; "" if there is none."""
     old = read_log(path)
     if old and not old["finished"]:
-        return {}
+        return ""
     if not old:  # of another program, or a first save was interrupted
         foreign = path.exists() and not path.with_suffix(".resume.pth").exists()
-        return {"log": ("none", "train.py's")} if foreign else {}
+        return "it has no log" if foreign else ""
     return differences({"code": "unknown", **trained_with(old)}, trained_with(log))
 
 
@@ -604,7 +601,7 @@ def resume(path, log, model, optimizer):
         raise InputError(f"{path} is not a run of this network: {str(error)[:200]}") from error
     if changed:
         raise InputError(
-            f"{path} has other settings or data: {in_words(changed)}. Pass another --checkpoint,"
+            f"{path} has other settings or data: {changed}. Pass another --checkpoint,"
             " or start over without --resume."
         )
     print(f"resuming after epoch {len(log['epochs'])} of {log['config']['epochs']}")
