@@ -179,11 +179,12 @@ def test_the_picture_shows_every_run():
     results = evaluation.combine([], evaluations)
     for row in results["rows"]:
         row["set"] += " of images in a folder with a long name"
+    results["rows"] += [row | {"set": f"more {row['set']}"} for row in results["rows"]]
     pixels = imread(io.BytesIO(evaluation.draw(results)))  # from 0 to 1
     for border in (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:]):
         assert (border == 1).all()
     blue = pixels[..., 2] - pixels[..., 0] > 0.3
-    assert blue.sum() > 30 * len(SETS)
+    assert blue.sum() > 30 * 2 * len(SETS)
 
 
 def copy_run(folder, name, seed, shift, **settings):
