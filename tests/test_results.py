@@ -79,7 +79,8 @@ def test_every_evaluated_run_has_its_log(name):
         assert train.trained_with(log) == training["settings"] | {"seed": training["seed"]}
         assert log["config"]["epochs"] == len(log["epochs"]) == training["epochs_done"]
         error_rate = 100 * (1 - log["epochs"][-1]["test_accuracy"])
-        assert error_rate == pytest.approx(run["error_rate"], abs=0.1)  # float16 moves it
+        tolerance = 0.1 if run["sha256"] in digests else 0.02  # the five were rounded to float16
+        assert error_rate == pytest.approx(run["error_rate"], abs=tolerance)
 
 
 def test_ci_runs_the_set_up_commands_of_the_readme():
