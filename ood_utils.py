@@ -149,10 +149,8 @@ def get_features(model, dataloader):
     hook = last_layer(model).register_forward_pre_hook(
         lambda _, inputs: features.append(inputs[0].cpu())
     )
-    try:
+    with hook:  # removes it
         get_logits(model, dataloader)
-    finally:
-        hook.remove()
     return torch.cat(features)
 
 
@@ -238,35 +236,20 @@ def show_performance(pos, neg):
     print(PERFORMANCE_LINE.format(*percents))
 
 
-def errors_accepted(scores, correct):
-    """How many of the k most confident images are misclassified, for k = 1 ... N, (N,).
+def get_risks(scores, correct):
+    """Return (AURC, AUGRC) of confidences (N,) and whether each prediction was right (N,).
 
-    scores (N,): confidence; correct (N,): whether the prediction was right. Among equal
-    scores it is the expectation over their orders.
+    Means over k of the errors among the k most confident images, as a share of k (AURC:
+    Geifman et al. 2018, arXiv 1805.08206) or of all (AUGRC: Traub et al. 2024, arXiv
+    2407.01032). Lower is better. Equal scores: the expectation over their orders.
     """
     scores = as_scores(scores, "confidence")
     wrong = ~np.asarray(correct, dtype=bool)
     _, tie, sizes = np.unique(-scores, return_inverse=True, return_counts=True)
     tie_error = np.bincount(tie, weights=wrong) / sizes  # per group of equal scores
-    return np.cumsum(np.repeat(tie_error, sizes))
-
-
-def aurc(scores, correct):
-    """Mean, over k, of the error rate of the k most confident: lower is better.
-
-    Area under the risk-coverage curve (Geifman et al. 2018, arXiv 1805.08206).
-    """
-    errors = errors_accepted(scores, correct)
-    return float(np.mean(errors / np.arange(1, len(errors) + 1)))
-
-
-def augrc(scores, correct):
-    """Mean, over k, of the share of all that is accepted and wrong: lower is better.
-
-    Area under the generalised risk-coverage curve (Traub et al. 2024, arXiv 2407.01032).
-    """
-    errors = errors_accepted(scores, correct)
-    return float(np.mean(errors / len(errors)))
+    errors = np.cumsum(np.repeat(tie_error, sizes))  # among the k first
+    accepted = np.arange(1, len(errors) + 1)
+    return float(np.mean(errors / accepted)), float(np.mean(errors / len(errors)))
 
 
 def predicted_classes(predictions):
@@ -303,12 +286,11 @@ def get_difference(base, other, paired):
 # Settings, files, device and command line -----------------------------------------------
 
 
-def check_numbers(config, positive, others):
-    """Raise InputError for a setting that is not at least 0, or positive, and below 2^31."""
-    for name in (*positive, *others):
+def check_numbers(config, **lowest):
+    """Raise InputError for a setting below its lowest value, or from 2^31 on."""
+    for name, low in lowest.items():
         value = getattr(config, name)
-        too_low = value is None or value < 0 or (value == 0 and name in positive)
-        if too_low or not value < 2**31:  # nor NaN
+        if value is None or not low <= value < 2**31:  # nor NaN
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range.")
 
 
@@ -366,6 +348,7 @@ def write_file(path, content):
         content = buffer.getvalue()
     temporary = path.with_name(f"{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()

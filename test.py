@@ -19,7 +19,6 @@ Exit status 1 if an OOD set or a checkpoint was skipped.
 import hashlib
 import io
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,7 +143,7 @@ def load(config):
     Returns the start of the JSON, {path: network}, and {name: loader} with the closed set
     first. Raises InputError or OSError; an unavailable OOD set is listed under "skipped".
     """
-    ood_utils.check_numbers(config, ("batch_size",), ("seed",))
+    ood_utils.check_numbers(config, batch_size=1, seed=0)
     if config.score not in SCORES:
         raise InputError(f"Unknown score {config.score!r}: use {', '.join(SCORES)}.")
     if config.name and Path(config.name).name != config.name:
@@ -155,7 +154,11 @@ def load(config):
     networks = {path: train.load_network(path) for path in paths}
     runs = [name_run(path, networks[path]) for path in paths]
     check_twins(runs)
-    check_outputs(config, paths)
+    outputs = [output_path(config, path, "") for path in paths]
+    if config.name:
+        outputs.append(outputs[0].with_name(config.name))
+    if len(set(outputs)) < len(outputs):
+        raise InputError("Checkpoints or --name: two of the same name would share files.")
     logs = [log for log in map(train.read_log, paths) if log]
     if logs and config.dataset is None:
         dataset = logs[0]["config"]["dataset"]
@@ -185,19 +188,6 @@ def load(config):
 
 def as_tuple(names):
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def check_outputs(config, paths):
-    """Raise InputError where two checkpoints would share files, or a folder is read-only."""
-    outputs = [output_path(config, path, "") for path in paths]
-    if config.name:
-        outputs.append(outputs[0].with_name(config.name))
-    if len(set(outputs)) < len(outputs):
-        raise InputError("Checkpoints or --name: two of the same name would share files.")
-    for output in outputs:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(output.parent, os.W_OK):
-            raise InputError(f"{output.parent} cannot be written to: pass --output.")
 
 
 def output_path(config, path, ending):
@@ -372,8 +362,8 @@ def measure_run(path, scores, predictions, labels):
     for column, score in enumerate(SCORES):
         closed = scores[CLOSED][:, column]
         run["threshold"][score] = ood_utils.get_threshold(closed)
-        run["aurc"][score] = 100 * ood_utils.aurc(closed, correct)
-        run["augrc"][score] = 100 * ood_utils.augrc(closed, correct)
+        aurc, augrc = ood_utils.get_risks(closed, correct)
+        run["aurc"][score], run["augrc"][score] = 100 * aurc, 100 * augrc
         pairs = {name: (closed, scores[name][:, column]) for name in scores}
         pairs = {SPLIT: (closed[correct], closed[~correct]), **pairs}
         del pairs[CLOSED]
@@ -577,10 +567,6 @@ def print_comparison(results):
         ]
     print()
     print_table(table, f"error rate and AUROC, {results['config']['score']}")
-    codes = [known_of(run).get("code", "unknown") for run in results["checkpoints"]]
-    if len(set(codes)) > 1:
-        codes = ", ".join(dict.fromkeys(codes))
-        print(f"The code differs, or may differ, too: {codes}.")
     if left_out:
         print(f"Left out, not in every evaluation: {', '.join(left_out)}.")
     if count:
@@ -631,6 +617,10 @@ def print_details(results):
 
 def print_tables(results, verbose=False):
     """Markdown tables of what the JSON holds: the comparison, then each group."""
+    codes = [known_of(run).get("code", "unknown") for run in results["checkpoints"]]
+    if len(set(codes)) > 1:
+        codes = ", ".join(dict.fromkeys(codes))
+        print(f"\nThe code of these runs differs, or may differ: {codes}.")
     groups = list(dict.fromkeys(run["group"] for run in results["checkpoints"]))
     if len(groups) > 1:
         print_comparison(results)
@@ -646,8 +636,6 @@ def print_tables(results, verbose=False):
         if published_of(own):
             title += f" (published {PUBLISHED_ERROR_RATE:.2f})"
         print(f"{title}\n")
-        if len({known_of(run).get("code") for run in runs}) > 1:
-            print("The code of some of these runs is unknown: they may differ in it, too.\n")
         seeds = [run["training"]["seed"] for run in runs if "training" in run]
         if len(set(seeds)) < len(seeds):
             print("Some of these runs have the same seed: they are not independent.\n")

@@ -230,11 +230,10 @@ def train_epoch(model, optimizer, loader, config):
         step = captured if captured and full else train_step
         losses.append(step(model, optimizer, images, labels, config))
     losses = torch.stack(losses).tolist()  # once: each reading makes a GPU wait
-    for step, loss in enumerate(losses, start=1):
-        if not math.isfinite(loss):
-            where = f"epoch {epoch}, step {step}"
-            raise FloatingPointError(f"The loss is not finite at {where}: lower --lr.")
-    return sum(losses) / len(losses)
+    mean = sum(losses) / len(losses)
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"The loss is not finite in epoch {epoch}: lower --lr.")
+    return mean
 
 
 def capture_step(model, optimizer, images, labels, config):
@@ -395,9 +394,8 @@ def shorten_small_maps(model):
 
 def check_settings(config):
     """Raise InputError for a number out of its range."""
-    positive = ("epochs", "batch_size", "lr", "gamma")
-    others = ("momentum", "weight_decay", "seed", "validation")
-    ood_utils.check_numbers(config, positive, others)
+    ood_utils.check_numbers(config, epochs=1, batch_size=1, seed=0, validation=0)
+    ood_utils.check_numbers(config, lr=0, gamma=0, momentum=0, weight_decay=0)
     if not 0 <= config.label_smoothing <= 1:
         raise InputError("--label-smoothing must lie between 0 and 1.")
     if not all(0 < milestone <= 1 for milestone in config.milestones):
