@@ -408,10 +408,7 @@ def fixed_order(count):
 
 
 def fetch(dataset, root, **split):
-    """A data set of torchvision, downloaded where missing, or raise InputError.
-
-    With the lock, runs that start together download one after the other.
-    """
+    """A data set of torchvision; where it is missing, one run at a time downloads it."""
     root = as_path(root, "--data-root")
     lock = contextlib.nullcontext()
     try:

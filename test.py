@@ -35,6 +35,7 @@ import train
 from ood_utils import SCORES, InputError
 
 CLOSED_SET_HELP = f"{ood_data.CLOSED_SET_NAMES}; by default that of the checkpoint's log"
+OodTypes = Annotated[tuple[str, ...], arg(help=ood_data.OOD_SET_NAMES)]
 
 
 @dataclass
@@ -46,12 +47,7 @@ class Config:
     dataset: Annotated[str | None, arg(help=CLOSED_SET_HELP)] = None
     data_root: str = train.Config.data_root  # where torchvision's data sets are
     split: Literal["test", "validation"] = "test"  # validation: see train.py --validation
-    ood_types: Annotated[tuple[str, ...], arg(help=ood_data.OOD_SET_NAMES)] = (
-        "gaussian",
-        "rademacher",
-        "blob",
-        "svhn",
-    )
+    ood_types: OodTypes = ("gaussian", "rademacher", "blob", "svhn")
     score: Literal[tuple(SCORES)] = "msp"  # what the report and the picture show
     batch_size: int = ood_data.EVAL_BATCH_SIZE  # affects speed and memory only
     seed: int = ood_data.NOISE_SEED  # of the noises
@@ -191,10 +187,7 @@ def as_tuple(names):
 
 
 def output_path(config, path, ending):
-    """Where a file about the checkpoint at path goes: into --output, or beside it.
-
-    The shipped results are not written over unless --output says so.
-    """
+    """In --output, or beside the checkpoint; in results/ only where --output says so."""
     folder = path.parent if path.parent.resolve() != RESULTS else Path()
     if config.output is not None:
         folder = ood_utils.as_path(config.output, "--output")
@@ -364,9 +357,9 @@ def measure_run(path, scores, predictions, labels):
         run["threshold"][score] = ood_utils.get_threshold(closed)
         aurc, augrc = ood_utils.get_risks(closed, correct)
         run["aurc"][score], run["augrc"][score] = 100 * aurc, 100 * augrc
-        pairs = {name: (closed, scores[name][:, column]) for name in scores}
-        pairs = {SPLIT: (closed[correct], closed[~correct]), **pairs}
-        del pairs[CLOSED]
+        pairs = {SPLIT: (closed[correct], closed[~correct])}
+        ood_sets = [name for name in scores if name != CLOSED]
+        pairs |= {name: (closed, scores[name][:, column]) for name in ood_sets}
         for name, (pos, neg) in pairs.items():
             row = {"checkpoint": str(path), "set": name, "score": score}
             rows.append(row | measure(pos, neg))

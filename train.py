@@ -115,8 +115,8 @@ def get_loader(
     """Return an ImageLoader over a split of a closed set; its `classes` are the class names.
 
     Training images are shuffled and augmented anew in each epoch unless augment=False. With
-    validation=n, n of them are held out, and train=False gives these instead of the test
-    images. Raises InputError for an unknown or unavailable set.
+    validation=n, n of them are held out, and train=False gives these, not the test images.
+    Raises InputError for an unknown or unavailable set.
     """
     data = ood_data.read_closed_set(dataset, data_root, train, validation)
     augment = train and augment
@@ -323,10 +323,7 @@ def train_model(config=None):
 
 
 class SmallMapConv(nn.Module):
-    """A 3x3 convolution, with padding 1, of maps of 2x2 or 1x1; its state dict has 3x3 kernels.
-
-    live: a slice, the rows and columns of the kernel that are kept.
-    """
+    """A 3x3 convolution, with padding 1, of 2x2 or 1x1 maps; it keeps the kernel's live slice."""
 
     def __init__(self, conv, live):
         super().__init__()
