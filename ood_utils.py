@@ -348,7 +348,6 @@ def write_file(path, content):
         content = buffer.getvalue()
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()

@@ -19,6 +19,7 @@ Exit status 1 if an OOD set or a checkpoint was skipped.
 import hashlib
 import io
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -148,16 +149,13 @@ def load(config):
     names = as_tuple(config.checkpoint) or [train.Config.checkpoint]
     paths = [train.checkpoint_path(name, dataset, train.Config.seed) for name in names]
     networks = {path: train.load_network(path) for path in paths}
-    runs = [name_run(path, networks[path]) for path in paths]
+    logs = {path: train.read_log(path) for path in paths}
+    runs = [name_run(path, networks[path], logs[path]) for path in paths]
     check_twins(runs)
-    outputs = [output_path(config, path, "") for path in paths]
-    if config.name:
-        outputs.append(outputs[0].with_name(config.name))
-    if len(set(outputs)) < len(outputs):
-        raise InputError("Checkpoints or --name: two of the same name would share files.")
-    logs = [log for log in map(train.read_log, paths) if log]
-    if logs and config.dataset is None:
-        dataset = logs[0]["config"]["dataset"]
+    check_outputs(config, paths)
+    known = [log["config"]["dataset"] for log in logs.values() if log]
+    if known and config.dataset is None:
+        dataset = known[0]
     sets = name_sets(as_tuple(config.ood_types), dataset)
     device = ood_utils.pick_device(config.device)
     settings = asdict(config) | {"dataset": dataset, "ood_types": list(sets)}
@@ -186,6 +184,19 @@ def as_tuple(names):
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def check_outputs(config, paths):
+    """Raise InputError where two checkpoints would share files, or a folder is read-only."""
+    outputs = [output_path(config, path, "") for path in paths]
+    if config.name:
+        outputs.append(outputs[0].with_name(config.name))
+    if len(set(outputs)) < len(outputs):
+        raise InputError("Checkpoints or --name: two of the same name would share files.")
+    for output in outputs:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(output.parent, os.W_OK):
+            raise InputError(f"{output.parent} cannot be written to: pass --output.")
+
+
 def output_path(config, path, ending):
     """In --output, or beside the checkpoint; in results/ only where --output says so."""
     folder = path.parent if path.parent.resolve() != RESULTS else Path()
@@ -194,14 +205,13 @@ def output_path(config, path, ending):
     return folder / f"{path.stem}{ending}"
 
 
-def name_run(path, model):
+def name_run(path, model, log):
     """What the JSON says of a checkpoint before its figures: its digests and its training."""
     weights = hashlib.sha256()
     for value in model.state_dict().values():
         weights.update(value.contiguous().numpy())
     run = {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     run["weights"] = weights.hexdigest()
-    log = train.read_log(path)
     if log:
         settings = train.trained_with(log)
         accuracies = [epoch[key] for epoch in log["epochs"] for key in epoch if "accuracy" in key]
@@ -286,11 +296,14 @@ def read_evaluation(file, settings, loaders):
         earlier = json.loads(ood_utils.as_path(file, "--compare").read_text())
         theirs = images_of(earlier, {row["set"]: row["images"] for row in earlier["sets"]})
         has_score = all(score in run["threshold"] for run in earlier["checkpoints"])
-        pd.DataFrame(earlier["rows"])[list(METRICS)].astype(float)
+        figures = [*pd.DataFrame(earlier["rows"])["auroc"].dropna()]
+        figures += [run["error_rate"] for run in earlier["checkpoints"]]
+        if not all(figure >= 0 for figure in figures):
+            raise ValueError("a figure is no percentage")
         for row in (*earlier["rows"], *earlier["sets"]):
             row["checkpoint"] = f"{file}: {row['checkpoint']}"
         for run in earlier["checkpoints"]:
-            run["path"], run["error_rate"] = f"{file}: {run['path']}", float(run["error_rate"])
+            run["path"] = f"{file}: {run['path']}"
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{file} is not an .ood.json file of test.py: {error!r}") from error
     if earlier.get("code", settings["code"]) != settings["code"]:

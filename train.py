@@ -43,8 +43,8 @@ class Config:
     """The published recipe. Edit a value here, or pass it as a flag."""
 
     dataset: Annotated[str, arg(help=ood_data.CLOSED_SET_NAMES)] = "cifar100"
-    data_root: str = ood_data.DATA_ROOT  # where torchvision's data sets are
-    validation: int = 0  # training images to hold out, and to measure accuracy on
+    data_root: str = ood_data.DATA_ROOT  # where torchvision's data sets are, or are downloaded to
+    validation: int = 0  # training images to hold out and measure accuracy on, instead of test
     checkpoint: str | None = None  # by default <dataset>_resnet18[_seed<N>].pth
     epochs: int = 100  # passes over the training images
     batch_size: int = 128  # images per step
@@ -53,7 +53,7 @@ class Config:
     weight_decay: float = 1e-4
     label_smoothing: float = 0.0  # share of the target spread over all classes
     schedule: Literal["steps", "cosine"] = "steps"  # how the learning rate falls
-    milestones: tuple[float, ...] = (0.5, 0.75)  # steps: where it drops, of the run
+    milestones: tuple[float, ...] = (0.5, 0.75)  # steps: fractions of the run at which it drops
     gamma: float = 0.1  # steps: its factor at a milestone
     stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 stride 1
     seed: int = 0  # of weights, order and augmentation
@@ -230,10 +230,11 @@ def train_epoch(model, optimizer, loader, config):
         step = captured if captured and full else train_step
         losses.append(step(model, optimizer, images, labels, config))
     losses = torch.stack(losses).tolist()  # once: each reading makes a GPU wait
-    mean = sum(losses) / len(losses)
-    if not math.isfinite(mean):
-        raise FloatingPointError(f"The loss is not finite in epoch {epoch}: lower --lr.")
-    return mean
+    for step, loss in enumerate(losses, start=1):
+        if not math.isfinite(loss):
+            where = f"epoch {epoch}, step {step}"
+            raise FloatingPointError(f"The loss is not finite at {where}: lower --lr.")
+    return sum(losses) / len(losses)
 
 
 def capture_step(model, optimizer, images, labels, config):
@@ -298,7 +299,7 @@ def train_model(config=None):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             train_loader.epoch = epoch
-            torch.manual_seed(ood_data.mix_seed(config.seed, epoch))  # of dropout
+            torch.manual_seed(ood_data.mix_seed(config.seed, epoch))  # dropout, after a resume too
             loss = train_epoch(model, optimizer, train_loader, config)
             rate = len(train_loader.images) / (time.perf_counter() - start)
             accuracy = get_accuracy(model, test_loader)
@@ -323,7 +324,10 @@ def train_model(config=None):
 
 
 class SmallMapConv(nn.Module):
-    """A 3x3 convolution, with padding 1, of 2x2 or 1x1 maps; it keeps the kernel's live slice."""
+    """A 3x3 convolution, with padding 1, of maps of 2x2 or 1x1; its state dict has 3x3 kernels.
+
+    live: a slice, the rows and columns of the kernel that are kept.
+    """
 
     def __init__(self, conv, live):
         super().__init__()
@@ -392,7 +396,8 @@ def shorten_small_maps(model):
 def check_settings(config):
     """Raise InputError for a number out of its range."""
     ood_utils.check_numbers(config, epochs=1, batch_size=1, seed=0, validation=0)
-    ood_utils.check_numbers(config, lr=0, gamma=0, momentum=0, weight_decay=0)
+    above_zero = sys.float_info.min
+    ood_utils.check_numbers(config, lr=above_zero, gamma=above_zero, momentum=0, weight_decay=0)
     if not 0 <= config.label_smoothing <= 1:
         raise InputError("--label-smoothing must lie between 0 and 1.")
     if not all(0 < milestone <= 1 for milestone in config.milestones):
@@ -469,7 +474,7 @@ def digest_code(*files):
         for node in ast.walk(tree):
             if isinstance(getattr(node, "body", None), list):
                 node.body = [part for part in node.body if not is_docstring(part)]
-        text = ast.unparse(tree).replace('"', "'")  # which quote depends on Python
+        text = ast.unparse(tree).replace('"', "'")  # Python 3.12 quotes f-strings differently
         digest.update(text.encode())
     return digest.hexdigest()[:8]
 
@@ -513,8 +518,9 @@ def differences(old, new):
         if name not in old or old[name] == new[name]:
             continue
         before, after = old[name], new[name]
-        if name == "classes" and set(before) != set(after):  # not only in another order
-            before, after = sorted(set(before) - set(after)), sorted(set(after) - set(before))
+        if name == "classes":
+            only = sorted(set(before) - set(after)), sorted(set(after) - set(before))
+            before, after = only if any(only) else (before[:3], after[:3])  # in another order
         texts.append(f"{name} {before} -> {after}")
     return ", ".join(texts)
 
@@ -561,7 +567,7 @@ def finished_otherwise(path, log):
     old = read_log(path)
     if old and not old["finished"]:
         return ""
-    if not old:  # of another program, or a first save was interrupted
+    if not old:  # a checkpoint of another program, unless a first save was interrupted
         foreign = path.exists() and not path.with_suffix(".resume.pth").exists()
         return "it has no log" if foreign else ""
     return differences({"code": "unknown", **trained_with(old)}, trained_with(log))
@@ -572,7 +578,7 @@ def resume(path, log, model, optimizer):
     state_path, done = path.with_suffix(".resume.pth"), read_log(path)
     if not log["config"]["resume"]:
         if finished_otherwise(path, log):
-            print(f"starting: the first save moves the finished run at {path}")
+            print(f"starting: the first save moves the finished run at {path} to a new name")
         elif path.exists() or state_path.exists():
             print(f"starting over: the first save replaces {path}")
         return

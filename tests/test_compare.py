@@ -225,6 +225,8 @@ def test_runs_are_compared_from_the_command_line(in_tiny_run, tmp_path, command)
         "count": {"sets": [row | {"images": 361} for row in results["sets"]]},
         "content": {"content": {"closed set": "other"}},
         "empty": {"rows": []},
+        "text": {"rows": [row | {"auroc": "70"} for row in results["rows"]]},
+        "no_rate": {"checkpoints": [results["checkpoints"][0] | {"error_rate": float("nan")}]},
         "code": {"code": "edited"},
     }
     for name, edit in edits.items():
@@ -235,6 +237,8 @@ def test_runs_are_compared_from_the_command_line(in_tiny_run, tmp_path, command)
         ("count.ood.json", "images of closed set 361 -> 360"),
         ("content.ood.json", "content of closed set other -> "),
         ("empty.ood.json", "is not an .ood.json file"),
+        ("text.ood.json", "is not an .ood.json file"),
+        ("no_rate.ood.json", "is not an .ood.json file"),
         ("t0.json", "is not an .ood.json file"),
         ("none.ood.json", "No such file"),
         ("t1.ood.json", "pass it once"),
@@ -252,6 +256,12 @@ def test_the_checkpoint_edited_in_train_is_the_default(monkeypatch):
     monkeypatch.setattr(train.Config, "checkpoint", "nosuch.pth")
     with pytest.raises(InputError, match="No checkpoint at nosuch.pth"):
         evaluation.load(evaluation.Config(dataset="digits"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_scoring(in_tiny_run, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    with pytest.raises(InputError, match="cannot be written to: pass --output"):
+        evaluation.load(evaluation.Config("digits_resnet18.pth"))
 
 
 def test_the_shipped_results_are_not_written_over(tmp_path, monkeypatch):

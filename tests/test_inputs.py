@@ -306,7 +306,7 @@ def test_every_path_may_lead_nowhere(in_tiny_run):
 @pytest.mark.parametrize("name,value", [
     ("seed", -1), ("seed", None), ("seed", 2**64), ("batch_size", 0), ("batch_size", 10**20),
     ("lr", float("nan")), ("momentum", -0.1), ("epochs", 0), ("validation", -1),
-    ("score", "maxlogit"),
+    ("lr", 0.0), ("gamma", 0.0), ("score", "maxlogit"),
 ])  # fmt: skip
 def test_settings_out_of_range_are_named(name, value):
     checks = {train.Config: train.check_settings, evaluation.Config: evaluation.evaluate}

@@ -134,10 +134,12 @@ def test_get_ood_scores_is_float64_in_eval_mode_without_tf32():
         lambda *args: runs.append((model.training, convolutions.fp32_precision))
     )
     before = convolutions.fp32_precision
-    loader = [(logits[:2], labels[:2]), (logits[2:], labels[2:])]
-    scores, right, wrong = get_ood_scores(model, loader, closed_set=True)
-    assert scores.tolist() == get_ood_scores(model, loader).tolist() == expected
-    assert right.tolist() == expected[:2] and wrong.tolist() == expected[2:]
+    batches = [(logits[:2], labels[:2]), (logits[2:], labels[2:])]
+    dataset = torch.utils.data.TensorDataset(logits, labels)
+    for loader in (batches, torch.utils.data.DataLoader(dataset, 2)):
+        scores, right, wrong = get_ood_scores(model, loader, closed_set=True)
+        assert scores.tolist() == get_ood_scores(model, loader).tolist() == expected
+        assert right.tolist() == expected[:2] and wrong.tolist() == expected[2:]
     assert set(runs) == {(False, "ieee")}
     for wrong_loader, message in (([], "no batch"), ([None], "A batch must be")):
         with pytest.raises(ValueError, match=message):

@@ -273,7 +273,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(in_tiny_run, monkeypatch):
     losses = iter(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, torch.nan]))
     monkeypatch.setattr(train, "train_step", lambda *args: next(losses))
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-    with pytest.raises(FloatingPointError, match="in epoch 3: lower --lr"):
+    with pytest.raises(FloatingPointError, match="epoch 3, step 2: lower --lr"):
         train_quietly("pets", "new.pth")
     assert [epoch["loss"] for epoch in read_json("new.json")["epochs"]] == [1.5, 3.5]
     assert set(files_of(in_tiny_run, "new")) == {".json", ".pth", ".resume.pth"}
