@@ -148,6 +148,7 @@ BAD = [
     ("train.py", "--label-smoothing 1.5", "--label-smoothing must lie between 0 and 1"),
     ("train.py", "--dataset digits --checkpoint {f}/ten.pth/a.pth", "ten.pth"),
     ("test.py", "--dataset digits", "No checkpoint at digits_resnet18.pth. Run `python train.py`"),
+    ("test.py", "--dataset digits --ood-types fog --checkpoint {f}/ten.pth", "OOD type 'fog'"),
     ("test.py", "--dataset cifar10 --ood-types cifar10 --checkpoint {f}/ten.pth", "set itself"),
     ("test.py", "--dataset digits --checkpoint {f}/ten.pth --ood-types {f}/a/x {f}/b/x", "'x'"),
     ("test.py", "--dataset digits --checkpoint {f}/code.pth", "code.pth is damaged, or holds code"),

@@ -137,6 +137,11 @@ def test_the_first_images_of_a_folder_are_not_all_of_one_class(tmp_path):
     assert len({file.split("/")[0] for file in first.files}) >= 3
 
 
+def test_an_unknown_set_is_refused():
+    with pytest.raises(ValueError, match="Unknown OOD type 'fog': use .*gaussian, .*, or a folder"):
+        build_ood_loader("fog", 10)
+
+
 @pytest.mark.parametrize("numbers", [(0,), (), (10, 0)])
 def test_numbers_below_one_are_refused(numbers):
     with pytest.raises(ValueError, match="at least 1"):
