@@ -14,6 +14,7 @@ import hashlib
 import math
 import os
 import sys
+import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,9 +30,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 import ood_utils
-from ood_utils import InputError, as_path
+from ood_utils import InputError
 
-DATA_ROOT = "~/data"  # where torchvision's data sets are, or are downloaded to
+DATA_ROOT = Path("~/data")  # where torchvision's data sets are, or are downloaded to
 NOISE_SEED = 0
 EVAL_BATCH_SIZE = 1000  # images per forward pass: affects speed and memory only
 
@@ -41,9 +42,6 @@ EVAL_BATCH_SIZE = 1000  # images per forward pass: affects speed and memory only
 # is (0.2470, 0.2435, 0.2616); CIFAR-100 has (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761).
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2023, 0.1994, 0.2010)
-
-UNREAD = (".gif", ".avif", ".heic", ".heif", ".jfif", ".jpe", ".jp2", ".tga", ".ico", ".svg")
-PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # of scikit-image
 
 
 # Noises: (rng, count) -> (count, 3, 32, 32) in the network's input space ----------------
@@ -109,29 +107,31 @@ CLOSED_SET_NAMES = f"{', '.join(CLOSED_SETS)}, or a folder with train/<class>/ a
 
 def read_class_folder(folder, split):
     """The images of folder/<split>/<class>/*; train/ must have the same classes."""
-    classes, train_classes = (
-        sorted(path.name for path in (folder / name).glob("*") if path.is_dir() and is_shown(path))
+    paths, train_paths = (
+        [path for path in (folder / name).iterdir() if path.is_dir() and is_shown(path)]
         for name in (split, "train")
     )
-    files = [find_images(folder / split / name) for name in classes]
-    if not files or not all(files):
-        other = "test" if split == "train" else split
-        raise InputError(f"{folder} needs images in train/<class>/ and {other}/<class>/.")
-    odd = sorted(set(classes) ^ set(train_classes))
-    if odd:
-        names = ", ".join(odd)
-        raise InputError(f"{folder}: only one of train/ and {split}/ has the class {names}.")
-    labels = np.repeat(np.arange(len(files)), [len(paths) for paths in files])
-    return decode_all([path for paths in files for path in paths], str(folder)), labels, classes
+    classes = sorted({path_name(path) for path in paths})
+    odd = sorted({path_name(path) for path in train_paths} ^ set(classes))
+    if odd or not classes:
+        names = ", ".join(odd) or "a class at all"
+        raise InputError(f"{folder}: train/ and {split}/ do not both have {names}.")
+    labels, files = [], []
+    for path in sorted(paths, key=path_name):
+        of_class = find_images(path)
+        labels += [classes.index(path_name(path))] * len(of_class)
+        files += of_class
+    return decode_all(files), labels, classes
 
 
 def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
-    """Return images uint8 (N, 3, 32, 32), labels (N,), class names, or raise InputError.
+    """Return images uint8 (N, 3, 32, 32), labels (N,), class names.
 
     validation: how many training images to hold out, the same ones for every seed; of a
     folder with val/, those instead. With train=False they take the place of the test images.
+    Raises InputError for an unknown set, OSError for an unavailable one.
     """
-    folder = as_path(dataset, "--dataset")
+    folder = Path(os.path.expanduser(dataset))
     cut = validation
     if dataset in CLOSED_SETS:
         images, labels, classes = CLOSED_SETS[dataset](data_root, train or validation > 0)
@@ -143,9 +143,9 @@ def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
     else:
         raise InputError(f"Unknown data set {dataset!r}: use {CLOSED_SET_NAMES}.")
     check_images(images, dataset)
+    if cut >= len(images):
+        raise InputError(f"--validation {cut} leaves none of the {len(images)} images.")
     if cut:
-        if cut >= len(images):
-            raise InputError(f"--validation {cut} leaves none of the {len(images)} images.")
         order = fixed_order(len(images))
         chosen = np.sort(order[cut:] if train else order[:cut])
         images, labels = images[chosen], np.asarray(labels)[chosen]
@@ -156,7 +156,7 @@ def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
 
 
 def read_svhn(root, count):
-    data = fetch(datasets.SVHN, as_path(root, "--data-root") / "svhn", split="test")
+    data = fetch(datasets.SVHN, Path(root) / "svhn", split="test")
     return torch.from_numpy(data.data[:count])
 
 
@@ -168,7 +168,7 @@ def read_mnist(root, count):
 def read_textures(root, count):
     """From the test split of DTD, 1,880 textures of 47 classes, in a fixed order."""
     data = fetch(datasets.DTD, root, split="test")
-    return decode_all([data._image_files[i] for i in fixed_order(len(data))[:count]], "textures")
+    return decode_all([data._image_files[i] for i in fixed_order(len(data))[:count]])
 
 
 def read_photos(root, count):
@@ -176,7 +176,7 @@ def read_photos(root, count):
     import skimage.data
 
     crops = []
-    for name in PHOTOS:
+    for name in ("astronaut", "chelsea", "coffee", "rocket"):
         picture = torch.from_numpy(getattr(skimage.data, name)())  # (H, W, 3)
         crops.append(picture.unfold(0, 32, 16).unfold(1, 32, 16).flatten(0, 1))
     crops = torch.cat(crops).unique(dim=0)  # (N, 3, 32, 32)
@@ -194,62 +194,39 @@ OOD_IMAGES = {
 OOD_SET_NAMES = f"{', '.join([*NOISES, *OOD_IMAGES])}, or a folder of images"
 
 
-def read_folder(folder, count):
-    """Images and files: the first of all image files below a folder, in a fixed order."""
-    files = find_images(folder)
-    if not files:
-        raise InputError(f"{folder} holds no image ({' '.join(IMG_EXTENSIONS)}).")
-    files = [files[i] for i in fixed_order(len(files))[:count]]
-    return decode_all(files, str(folder)), [str(file.relative_to(folder)) for file in files]
-
-
-def check_ood_name(name, dataset=None):
-    """Raise InputError unless `name` is an OOD set or a folder, and not the closed set."""
-    is_name = name in NOISES or name in OOD_IMAGES
-    folder = as_path(name, "OOD type").resolve()
-    if not is_name and not folder.is_dir():
-        raise InputError(f"Unknown OOD type {name!r}: use {OOD_SET_NAMES}.")
-    overlaps = name == dataset
-    if dataset and not is_name and dataset not in CLOSED_SETS:  # two folders
-        closed = as_path(dataset, "--dataset").resolve()
-        inside = [folder.is_relative_to(closed / split) for split in ("train", "val", "test")]
-        overlaps = closed.is_relative_to(folder) or any(inside)
-    if overlaps:
-        raise InputError(f"OOD type {name!r} is, or holds, the closed set itself: leave it out.")
-
-
 def build_ood_loader(
-    name=None,
-    count=None,
+    noise_type,
+    ood_num_examples,
     batch_size=EVAL_BATCH_SIZE,
     seed=NOISE_SEED,
     data_root=DATA_ROOT,
     device="cpu",
-    noise_type=None,
-    ood_num_examples=None,
 ):
-    """Return an ImageLoader over the first `count` images of an OOD set, or all if fewer.
+    """Return an ImageLoader over the first images of an OOD set, or all if there are fewer.
 
-    name: in NOISES or OOD_IMAGES, or a folder of images. Batches are float32 (B, 3, 32, 32)
-    in the network's input space, with labels -1. A noise is a function of (seed, name) only.
-    noise_type and ood_num_examples are former keywords for name and count. Raises InputError,
-    a ValueError, for an unknown or unavailable set, or a number below 1.
+    noise_type: in NOISES or OOD_IMAGES, or a folder of images, which are taken in a fixed
+    order. Batches are float32 (B, 3, 32, 32) in the network's input space, with labels -1. A
+    noise is a function of (seed, name) only. Raises InputError for an unknown set, or for
+    numbers below 1; OSError for an unavailable set.
     """
-    name, files = noise_type if name is None else name, None
-    count = ood_num_examples if count is None else count
-    if count is None or count < 1 or batch_size < 1:
+    name, count, files = str(noise_type), ood_num_examples, None
+    folder = Path(os.path.expanduser(name))
+    if min(count, batch_size) < 1:
         raise InputError("The number of images and the batch size must be at least 1.")
-    check_ood_name(name)
     if name in NOISES:
         rng = np.random.default_rng((seed, *name.encode()))
         images = torch.as_tensor(NOISES[name](rng, count))
         images = images if images.dtype == torch.uint8 else images.float()
-        check_images(images, name, images.dtype)
     elif name in OOD_IMAGES:
         images = OOD_IMAGES[name](data_root, count)
-        check_images(images, name)
+    elif folder.is_dir():
+        paths = find_images(folder)
+        paths = [paths[i] for i in fixed_order(len(paths))[:count]]
+        images = decode_all(paths)
+        files = [str(path.relative_to(folder)) for path in paths]
     else:
-        images, files = read_folder(as_path(name, "OOD type"), count)
+        raise InputError(f"Unknown OOD type {name!r}: use {OOD_SET_NAMES}.")
+    check_images(images, name, images.dtype if name in NOISES else torch.uint8)
     images = images[:count]
     labels = torch.full((len(images),), -1)
     return ImageLoader(images, labels, batch_size=batch_size, device=device, files=files)
@@ -272,8 +249,10 @@ def statistics(device):
 
 def normalise(images):
     """uint8 (N, 3, H, W) -> float32, with the bits of torchvision's Normalize."""
+    if images.dtype != torch.uint8:
+        raise InputError(f"Only uint8 images can be normalised, not {images.dtype}.")
     mean, std = statistics(images.device)
-    return images.float().div_(255).sub_(mean).div_(std)
+    return images.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 def to_input(images, generator=None):
@@ -300,6 +279,7 @@ class ImageLoader:
     shuffle: bool = False  # a new order in each epoch
     seed: int = 0  # the order is a function of (seed, epoch), the generator of (seed, epoch, batch)
     files: list | None = None  # of the images of a folder, relative to it
+    normalises = True  # its batches are in the network's input space
 
     def __post_init__(self):
         self.images = self.images.to(self.device, memory_format=memory_format(self.device))
@@ -321,79 +301,91 @@ class ImageLoader:
             yield self.transform(self.images[batch], generator), self.labels[batch]
 
 
-# Files and downloads --------------------------------------------------------------------
-
-
 def check_images(images, name, dtype=torch.uint8):
     """Raise InputError unless there are images (N, 3, 32, 32) of the dtype."""
     if images.dtype != dtype or images.shape[1:] != (3, 32, 32) or not len(images):
         form = f"{dtype} (N, 3, 32, 32)".removeprefix("torch.")
-        found = f"{images.dtype} {tuple(images.shape)}"
-        raise InputError(f"{name} must return images {form}, not {found}.")
+        raise InputError(f"{name} has {images.dtype} {tuple(images.shape)}, not images {form}.")
 
 
 def digest(loader):
-    """8 hex digits of the SHA-256 of a set's images and labels."""
+    """8 hex digits of a set: all images and labels, and 1,000 images as the network gets them."""
     content = hashlib.sha256(loader.images.cpu().contiguous().numpy())
     content.update(loader.labels.cpu().numpy())
+    content.update(to_input(loader.images[:1000].cpu()).contiguous().numpy())
     return content.hexdigest()[:8]
+
+
+# Files and downloads --------------------------------------------------------------------
+
+
+def path_name(path):
+    """The last part of a path of any system, in composed letters: a Mac writes them apart."""
+    *_, name = str(path).replace("\\", "/").rstrip("/").split("/")
+    return unicodedata.normalize("NFC", name)
 
 
 def is_shown(path):
     """False for hidden entries and for folders that are named like an image."""
-    named_like_an_image = path.suffix.lower() in (*IMG_EXTENSIONS, *UNREAD)
-    return not path.name.startswith(".") and not (named_like_an_image and path.is_dir())
+    is_album = path.suffix.lower() in IMG_EXTENSIONS and path.is_dir()
+    return not path.name.startswith(".") and not is_album
 
 
 def find_images(folder):
     """The image files below a folder, sorted; links are followed, each folder is read once."""
-    found, unread, seen = [], [], set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    found, seen = [], set()
+
+    def stop(error):
+        raise error
+
+    for root, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         if os.path.realpath(root) in seen:
             folders.clear()
             continue
         seen.add(os.path.realpath(root))
         folders[:] = sorted(name for name in folders if is_shown(Path(root, name)))
-        files = [Path(root, name) for name in files if is_shown(Path(root, name))]
-        found += [file for file in files if file.suffix.lower() in IMG_EXTENSIONS]
-        unread += [file for file in files if file.suffix.lower() in UNREAD]
-    if unread:
-        endings = " ".join(sorted({file.suffix for file in unread}))
-        print(f"note: {len(unread)} files of {folder} are not read: {endings}", file=sys.stderr)
+        paths = [Path(root, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+        found += [path for path in paths if is_shown(path) and path.is_file()]
+    if not found:
+        raise InputError(f"{folder} holds no image ({' '.join(IMG_EXTENSIONS)}).")
     return sorted(found, key=lambda file: file.relative_to(folder).parts)
 
 
-def to_rgb(image):
-    """8-bit RGB of a PIL image as programs show it: rotated by EXIF, transparency over white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F"):
-        raise InputError(f"mode {image.mode} has no known range: save it with 8 or 16 bits")
-    if image.mode.startswith("I;16"):  # convert() would turn it white
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def decode(path):
-    """uint8 (3, 32, 32) of an image file: shorter side to 32, centre crop."""
+    """uint8 (3, 32, 32) of an image file: shorter side to 32, centre crop.
+
+    Rotated by EXIF, transparency over white. Raises InputError, also for pixels without 8 bits.
+    """
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            longest = 16 * min(image.size)  # of a strip, the middle: a whole one needs gigabytes
-            middle = TF.center_crop(image, [min(height, longest), min(width, longest)])
-            resized = TF.resize(to_rgb(middle), 32)
-            return TF.pil_to_tensor(TF.center_crop(resized, 32))
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"mode {image.mode}, save it with 8 bits")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return TF.pil_to_tensor(TF.center_crop(TF.resize(image.convert("RGB"), 32), 32))
+    except MemoryError as error:
+        raise OSError(f"No memory is left for {path}") from error
     except Exception as error:
-        raise InputError(f"{path} is not a readable image ({error}): fix or remove it.") from error
+        raise InputError(f"{path} is not a readable image ({error})") from error
 
 
-def decode_all(paths, name):
-    """uint8 (N, 3, 32, 32) of N image files."""
+def decode_all(paths):
+    """uint8 (N, 3, 32, 32) of N image files; InputError names the first that are not readable."""
+
+    def attempt(path):
+        try:
+            return decode(path)
+        except InputError as error:
+            return str(error)
+
     with ThreadPoolExecutor() as pool:
-        images = tqdm(pool.map(decode, paths), name, len(paths), delay=1, disable=None)
-        return torch.stack(list(images))
+        images = tqdm(pool.map(attempt, paths), "decoding", len(paths), delay=1, disable=None)
+        images = list(images)
+    bad = [text for text in images if isinstance(text, str)]
+    if bad:
+        raise InputError(f"Fix or remove {len(bad)} files: {', '.join(bad[:3])}.")
+    return torch.stack(images)
 
 
 def grey_to_rgb(images):
@@ -408,18 +400,15 @@ def fixed_order(count):
 
 
 def fetch(dataset, root, **split):
-    """A data set of torchvision; where it is missing, one run at a time downloads it."""
-    root = as_path(root, "--data-root")
-    lock = contextlib.nullcontext()
+    """A data set of torchvision, or OSError; one process at a time downloads it."""
+    root, name = Path(os.path.expanduser(root)), dataset.__name__
+    with contextlib.suppress(RuntimeError):  # missing, or a download was interrupted
+        return dataset(root, **split)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        if os.access(root, os.W_OK):
-            lock = ood_utils.lock(root / f".{dataset.__name__}.lock")
-        with lock, contextlib.redirect_stdout(sys.stderr):  # standard output is for results
+        with ood_utils.lock(root / f".{name}.lock"), contextlib.redirect_stdout(sys.stderr):
             return dataset(root, download=True, **split)
     except Exception as error:
-        raise InputError(
-            f"{dataset.__name__} is missing or damaged under {root} and could not be downloaded "
-            f"({error}, {ood_utils.place_of(error)}): copy it there. digits and photos need no "
-            "download."
+        raise OSError(
+            f"{name} is missing or damaged under {root} and could not be downloaded ({error}): "
+            "copy it there. digits and photos need no download."
         ) from error

@@ -6,27 +6,34 @@ fractions; what is printed is percent.
 
 import contextlib
 import errno
-import io
-import json
+import importlib
 import os
 import platform
-import shutil
 import sys
-import traceback
-from collections.abc import Mapping
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
-import filelock
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock, Timeout
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 from torch import nn
 from tqdm import tqdm
 
 RECALL_LEVEL = 0.95  # FPR95: the true positive rate at which the false positive rate is read
 PERFORMANCE_LINE = "AUROC: {:.4f}, AUPR: {:.4f}, FPR95: {:.4f}"  # as published, in percent
+
+# Types of settings, which `check` checks.
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Name = Annotated[str, BeforeValidator(lambda name: str(name) if isinstance(name, Path) else name)]
+UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+
+
+# What file systems without locks or fsync answer: NFS, CIFS, FUSE.
+NO_SUPPORT = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class InputError(ValueError):
@@ -78,8 +85,6 @@ def get_ood_scores(model, dataloader, closed_set=False, score=msp):
     scores = score(logits.double()).numpy()
     if not closed_set:
         return scores
-    if (labels < 0).any():
-        raise InputError("The closed set needs a label for every image.")
     correct = (logits.argmax(1) == labels).numpy()
     return scores, scores[correct], scores[~correct]
 
@@ -88,63 +93,47 @@ def get_ood_scores(model, dataloader, closed_set=False, score=msp):
 def get_logits(model, dataloader):
     """Return logits float32 (N, classes) and labels int64 (N,), on the CPU.
 
-    dataloader: an iterable of batches on any device: (images, labels), images, or a dict of
-    them. Images: uint8, which is normalised, or float32 normalised with this repository's
-    MEAN and STD. Labels: class numbers or one-hot; -1 where there are none. The network runs
-    in eval mode and in full float32; afterwards every layer has its own mode back. Raises
-    InputError, a ValueError, without a batch, or for float images that are not normalised.
+    dataloader: an iterable of batches (images, labels) on any device; images are floats,
+    normalised with MEAN and STD of ood_data.py. The network is left in eval mode. Raises
+    InputError without a batch, or for images that are not normalised.
     """
-    from ood_data import ImageLoader, to_input  # which imports this file
-
     parameter = next(model.parameters())
-    logits, labels, normalised = [], [], isinstance(dataloader, ImageLoader)
-    with scoring_mode(model):
-        for batch in tqdm(dataloader, "scoring", delay=1, leave=False, disable=None):
-            images, targets = split_batch(batch)
-            normalised = normalised or looks_normalised(images)
-            images = to_input(images.to(parameter.device)).to(parameter.dtype)
+    normalised = getattr(dataloader, "normalises", False)
+    logits, labels = [], []
+    model.eval()
+    with full_precision(parameter.device):
+        for images, targets, *_ in tqdm(dataloader, "scoring", delay=1, leave=False, disable=None):
+            low, high = images.amin(), images.amax()  # resizing overshoots [0, 1] a little
+            normalised = normalised or bool(low < -0.5 or 1.3 < high < 3)
+            images = images.to(parameter.device, parameter.dtype)
             logits.append(model(images).float().cpu())
-            labels.append(targets)
+            labels.append(torch.as_tensor(targets).cpu())
     if not logits:
         raise InputError("The data loader yields no batch.")
     if not normalised:
-        raise InputError(
-            "The images are floats within [0, 1] or [0, 255], so not normalised: pass uint8 "
-            "images, or use MEAN and STD of ood_data.py."
-        )
+        raise InputError("The images are not normalised: see ood_data.normalise.")
     return torch.cat(logits), torch.cat(labels)
 
 
-def looks_normalised(images):
-    """False for float images in about [0, 1] or [0, 255]; normalised ones are within -2.5 and 3."""
-    if images.dtype == torch.uint8 or images.ndim != 4:
-        return True
-    return bool(images.amin() < -0.5 or 1.3 < images.amax() < 3)  # resizing may overshoot
-
-
-def split_batch(batch):
-    """Return images and labels int64 (N,), on the CPU, of a batch in one of the usual forms."""
-    if isinstance(batch, Mapping):
-        images = [batch[key] for key in ("image", "images", "img", "pixel_values") if key in batch]
-        labels = [batch[key] for key in ("label", "labels", "fine_label") if key in batch]
-        batch = [*images[:1], *labels[:1]] if images else []
-    if not isinstance(batch, (list, tuple)):
-        batch = [batch]
-    images, labels, *_ = [*batch, None, None]
-    if not torch.is_tensor(images):
-        raise InputError("A batch must be (images, labels), images, or a dict with both.")
-    if labels is None:
-        return images, torch.full((len(images),), -1)
-    labels = torch.as_tensor(labels).cpu()
-    if labels.ndim == 2 and labels.shape[1] > 1:  # one-hot
-        labels = labels.argmax(1)
-    return images, labels.reshape(-1).long()
+@contextlib.contextmanager
+def full_precision(device):
+    """Full float32, without autocast, TF32 or bfloat16: they shift scores."""
+    backends = torch.backends
+    operators = (backends.cudnn.conv, backends.cuda.matmul)
+    operators += (backends.mkldnn.conv, backends.mkldnn.matmul)
+    before = [operator.fp32_precision for operator in operators]
+    try:
+        for operator in operators:
+            operator.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for operator, precision in zip(operators, before, strict=True):
+            operator.fp32_precision = precision
 
 
 def get_features(model, dataloader):
     """Return what enters the last Linear layer, float32 (N, features), on the CPU."""
-    for wrapper in ("_orig_mod", "module"):  # a compiled network, DataParallel
-        model = getattr(model, wrapper, model)
     features = []
     hook = last_layer(model).register_forward_pre_hook(
         lambda _, inputs: features.append(inputs[0].cpu())
@@ -162,51 +151,23 @@ def last_layer(model):
     return layers[-1]
 
 
-@contextlib.contextmanager
-def scoring_mode(model):
-    """Eval mode, and full float32: no autocast, TF32 or bfloat16. Then all is as it was."""
-    modes = {module: module.training for module in model.modules()}
-    backends = torch.backends
-    operators = [backends.cudnn.conv, backends.cuda.matmul]
-    operators += [backends.mkldnn.conv, backends.mkldnn.matmul]
-    precisions = [operator.fp32_precision for operator in operators]
-    device = next(model.parameters()).device
-    try:
-        model.eval()
-        for operator in operators:
-            operator.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for operator, precision in zip(operators, precisions, strict=True):
-            operator.fp32_precision = precision
-
-
 # Metrics --------------------------------------------------------------------------------
 
 
-def as_scores(scores, group):
+def as_scores(scores):
     """An array, tensor or list as float64 (N,), or raise InputError, a ValueError."""
-    if isinstance(scores, (list, tuple)) and any(torch.is_tensor(score) for score in scores):
-        scores = torch.cat([torch.as_tensor(score).detach().reshape(-1) for score in scores])
     if torch.is_tensor(scores):
-        scores = scores.detach().cpu()
-        scores = scores.double().numpy() if scores.is_floating_point() else scores.numpy()
-    if np.ma.is_masked(scores) or np.asarray(scores).dtype.kind not in "fiu":
-        raise InputError(f"{group} scores must be real numbers, none of them masked.")
+        scores = scores.detach().cpu().double()
+    masked = np.ma.is_masked(scores)
     scores = np.asarray(scores, dtype=np.float64)
-    bad = np.sum(~np.isfinite(scores))
-    if bad or scores.size == 0 or scores.squeeze().ndim > 1:
-        found = f"the shape is {scores.shape}, {bad} are not finite"
-        raise InputError(f"{group} scores must be finite, (N,) with N > 0: {found}.")
+    if masked or not scores.size or scores.squeeze().ndim > 1 or not np.isfinite(scores).all():
+        raise InputError(f"Scores must be finite, (N,) with N > 0, not {str(scores)[:60]}.")
     return scores.ravel()
 
 
 def get_threshold(scores):
     """The score at or above which 95% of the scores (N,) of the closed set lie."""
-    scores = as_scores(scores, "positive")
+    scores = as_scores(scores)
     return float(-np.quantile(-scores, RECALL_LEVEL, method="inverted_cdf"))
 
 
@@ -220,8 +181,8 @@ def get_performance(pos, neg):
     """
     from sklearn.metrics import average_precision_score, roc_auc_score  # slow to import
 
-    pos = as_scores(pos, "positive")
-    neg = as_scores(neg, "negative")
+    pos = as_scores(pos)
+    neg = as_scores(neg)
     is_pos = np.repeat([1, 0], [len(pos), len(neg)])
     scores = np.concatenate([pos, neg])
     auroc = roc_auc_score(is_pos, scores)
@@ -232,8 +193,7 @@ def get_performance(pos, neg):
 
 def show_performance(pos, neg):
     """Print AUROC, AUPR and FPR95 of get_performance on one line, in percent."""
-    percents = [100 * figure for figure in get_performance(pos, neg)]
-    print(PERFORMANCE_LINE.format(*percents))
+    print(PERFORMANCE_LINE.format(*(100 * figure for figure in get_performance(pos, neg))))
 
 
 def get_risks(scores, correct):
@@ -243,7 +203,7 @@ def get_risks(scores, correct):
     Geifman et al. 2018, arXiv 1805.08206) or of all (AUGRC: Traub et al. 2024, arXiv
     2407.01032). Lower is better. Equal scores: the expectation over their orders.
     """
-    scores = as_scores(scores, "confidence")
+    scores = as_scores(scores)
     wrong = ~np.asarray(correct, dtype=bool)
     _, tie, sizes = np.unique(-scores, return_inverse=True, return_counts=True)
     tie_error = np.bincount(tie, weights=wrong) / sizes  # per group of equal scores
@@ -263,75 +223,36 @@ def predicted_classes(predictions):
     return float(np.exp(-np.sum(shares * np.log(shares)))), float(shares.max())
 
 
-def get_difference(base, other, paired):
-    """Return (difference of the means, low, high), with its 95% interval over training runs.
-
-    base, other: a figure of each run, (N,) and (M,). paired: run i has the same seed on both
-    sides; scipy.stats.ttest_rel, N >= 2. Otherwise ttest_ind, Student's test with equal
-    variances, N + M >= 3. The interval is NaN for one run on each side, and where nothing
-    varies: a few test images round the error rates, seeds do not agree like that.
-    """
-    from scipy import stats
-
-    base, other = np.asarray(base, dtype=float), np.asarray(other, dtype=float)
-    difference = other.mean() - base.mean()
-    deviations = np.ptp(other - base) if paired else np.ptp(base) + np.ptp(other)
-    if len(base) + len(other) < 3 or deviations < 1e-9:
-        return difference, np.nan, np.nan
-    test = stats.ttest_rel(other, base) if paired else stats.ttest_ind(other, base)
-    low, high = test.confidence_interval(0.95)
-    return difference, low, high
-
-
 # Settings, files, device and command line -----------------------------------------------
 
 
-def check_numbers(config, **lowest):
-    """Raise InputError for a setting below its lowest value, or from 2^31 on."""
-    for name, low in lowest.items():
-        value = getattr(config, name)
-        if value is None or not low <= value < 2**31:  # nor NaN
-            raise InputError(f"--{name.replace('_', '-')} {value} is out of range.")
-
-
-def as_plain(config):
-    """The Config with settings as JSON has them: paths become text, NumPy's numbers numbers."""
-
-    def convert(value):
-        return value.tolist() if hasattr(value, "tolist") else str(value)
-
-    settings = json.loads(json.dumps(asdict(config), default=convert))
-    return type(config)(**settings)
-
-
-def place_of(error):
-    """File and line in which an exception was raised."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}"
-
-
-def as_path(text, flag):
-    """The path, with ~ and variables expanded, or InputError."""
-    if not str(text).strip() or "\0" in str(text):
-        raise InputError(f"{flag} {str(text)!r} is empty: is a shell variable unset?")
+def check(config):
+    """The Config with its values checked against their types and converted, or InputError."""
+    types = type(config).__annotations__
+    for name, value in vars(type(config)).items():
+        if name not in types and not name.startswith("_") and not callable(value):
+            raise InputError(f"Config.{name} has no type: write `{name}: {type(value).__name__}`.")
     try:
-        return Path(os.path.expandvars(text)).expanduser()
-    except RuntimeError as error:  # no home directory
-        raise InputError(f"{flag} {str(text)!r}: {error}") from error
+        return TypeAdapter(type(config)).validate_python(asdict(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = str(first["loc"][0]).replace("_", "-")
+        raise InputError(f"--{flag} {first['input']}: {first['msg']}.") from error
 
 
 @contextlib.contextmanager
 def lock(path, if_held=None):
-    """Hold a lock; wait for it, or raise InputError(if_held). A note where there are no locks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    held = filelock.FileLock(path, blocking=if_held is None)
+    """Hold a lock file; if another process holds it, wait, or raise InputError(if_held)."""
+    held = FileLock(path)
     try:
+        held.acquire(blocking=False)
+    except Timeout as error:
+        if if_held:
+            raise InputError(if_held) from error
+        print(f"waiting for the process that holds {path}", file=sys.stderr)
         held.acquire()
-    except filelock.Timeout as error:
-        raise InputError(if_held) from error
     except (OSError, NotImplementedError) as error:
-        known = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
-        if isinstance(error, OSError) and error.errno not in known:
+        if getattr(error, "errno", errno.ENOSYS) not in NO_SUPPORT:
             raise
         print(f"note: no lock on {path} ({error}): start one run at a time", file=sys.stderr)
     try:
@@ -341,21 +262,37 @@ def lock(path, if_held=None):
 
 
 def write_file(path, content):
-    """Write bytes, or what torch.save takes; the path holds the old or the new file, whole."""
-    if not isinstance(content, bytes):
-        buffer = io.BytesIO()  # torch.save itself does not report a full disk
-        torch.save(content, buffer)
-        content = buffer.getvalue()
+    """Write bytes; the path holds the old or the new file, whole."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in NO_SUPPORT:
+                    raise
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+RUN_FILES = (".val.ood.npz", ".val.ood.json", ".ood.npz", ".ood.json", ".json")
+RUN_FILES += (".pth", ".resume.pth")  # last: after a kill the rest goes to the same name
+
+
+def set_aside(path, endings=RUN_FILES):
+    """Move the files of X.pth with these endings to a free name, X.1.pth, and print it."""
+    present = [ending for ending in endings if path.with_suffix(ending).exists()]
+    number, taken = 1, {*present, ".pth", ".resume.pth"}
+    while any(path.with_suffix(f".{number}{ending}").exists() for ending in taken):
+        number += 1
+    for ending in present:
+        new = path.with_suffix(f".{number}{ending}")
+        path.with_suffix(ending).rename(new)
+        print(f"kept the earlier {path.with_suffix(ending).name} as {new}")
 
 
 def pick_device(name=None):
@@ -365,18 +302,17 @@ def pick_device(name=None):
         torch.ones(1, device=device).add(1).item()  # some builds have no kernels for some GPUs
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(
-            f"Device '{device}' cannot be used ({reason}): pass --device cpu, or another torch."
-        ) from error
+        raise InputError(f"Device '{device}' cannot be used ({reason}): pass --device.") from error
     return torch.device(device)
 
 
 def describe(device):
     """Device and versions that figures depend on, for the JSON files."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("torchvision", "numpy", "scikit-image", "scikit-learn", "pillow"):
-        versions[package] = metadata.version(package)
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "numpy", "skimage", "sklearn", "PIL"):
+        module = importlib.import_module(package)
+        versions[package] = str(getattr(module, "__version__", "unknown"))
     threads = f"{torch.get_num_threads()} threads"
     return {"device": f"{device.type} ({name}), {threads}", "versions": versions}
 
@@ -387,13 +323,6 @@ def run_command(entry, config_class, if_interrupted="interrupted"):
     An error that the user can fix ends in one line on stderr and exit status 2, an
     interruption in status 130.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed: python train.py >&-
-            setattr(sys, name, io.StringIO())
-    if hasattr(sys.stdout, "reconfigure"):  # line by line in a pipe, and no fatal character
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    if shutil.get_terminal_size().columns < 40:
-        os.environ["COLUMNS"] = "40"  # tyro's help never ends in fewer
     try:
         return entry(tyro.cli(config_class))
     except BrokenPipeError:  # python test.py | head
@@ -402,6 +331,6 @@ def run_command(entry, config_class, if_interrupted="interrupted"):
     except KeyboardInterrupt:
         print(f"\n{if_interrupted}", file=sys.stderr)
         sys.exit(130)
-    except (InputError, OSError, FloatingPointError) as error:
+    except (InputError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -26,6 +26,7 @@ import ood_data
 import ood_utils
 import test as evaluation
 import train
+from experiments.compare import print_table, spread
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 NOISES, IMAGES = "mean of noises", "mean of images"
@@ -104,18 +105,19 @@ def get_aurocs(scores):
 
 def compare(config):
     """Score every set with every detector; print the tables, write and return the JSON."""
-    config.output = config.output or str(RESULTS)
-    results, networks, loaders = evaluation.load(config)
+    config = ood_utils.check(config)
+    paths = evaluation.find_checkpoints(config)
+    results, loaders = evaluation.load_sets(config, paths[0])
     if len(loaders) == 1:
         skipped = "; ".join(results["skipped"].values())
         raise ood_utils.InputError(f"No OOD set to compare on: pass --ood-types. {skipped}")
     results["versions"]["pytorch-ood"] = version("pytorch-ood")
-    dataset, device = results["config"]["dataset"], loaders[evaluation.CLOSED].images.device
-    training = train.get_loader(
-        True, dataset, config.data_root, config.batch_size, device=device, augment=False
-    )
+    options = {"data_root": config.data_root, "batch_size": config.batch_size}
+    options["device"] = loaders[evaluation.CLOSED].images.device
+    training = train.get_loader(True, results["config"]["dataset"], augment=False, **options)
     results["rows"] = []
-    for path, model in networks.items():
+    for path in paths:
+        model, _ = evaluation.load_run(path, loaders)
         last = copy.deepcopy(ood_utils.last_layer(model)).cpu().requires_grad_(False)
         to_fit = represent(model, last, training)
         sets = {name: represent(model, last, loader) for name, loader in loaders.items()}
@@ -130,7 +132,7 @@ def compare(config):
                 row = {"checkpoint": str(path), "set": key, "detector": name, "auroc": auroc}
                 results["rows"].append(row | {"auroc_of_test_py": ours.get(key)})
     print_tables(results)
-    file = Path(config.output).expanduser() / "detectors.json"
+    file = (config.output or RESULTS) / "detectors.json"
     ood_utils.write_file(file, json.dumps(results, indent=1).encode())
     return results
 
@@ -142,18 +144,18 @@ def print_tables(results):
     keys = ["checkpoint", "set", "detector"]
     means = rows.assign(set=kind).groupby(keys, sort=False)["auroc"].mean().reset_index()
     table = pd.concat([rows, means])
-    table = table.pivot_table("auroc", "detector", "set", evaluation.spread, sort=False)
-    evaluation.print_table(table, "AUROC")
+    table = table.pivot_table("auroc", "detector", "set", spread, sort=False)
+    print_table(table, "AUROC")
 
     aurocs = rows.pivot_table("auroc", ["checkpoint", "set"], "detector", sort=False)
     wins = aurocs.gt(aurocs["MaxSoftmax"], axis=0).groupby("set", sort=False).sum().T
     wins = wins.drop("MaxSoftmax").astype(str)
     count = rows["checkpoint"].nunique()
-    evaluation.print_table(wins, f"networks, of {count}, on which it is above MaxSoftmax")
+    print_table(wins, f"networks, of {count}, on which it is above MaxSoftmax")
 
     order = list(rows["set"].unique())
     ranks = rows.pivot_table("auroc", "detector", "set")[order].rank()
-    evaluation.print_table(ranks.corr().map("{:.2f}".format), "correlation of ranks")
+    print_table(ranks.corr().map("{:.2f}".format), "correlation of ranks")
 
     correlations = []
     for _, of_network in means.groupby("checkpoint"):
@@ -162,12 +164,12 @@ def print_tables(results):
             correlations.append(ranks[NOISES].corr(ranks[IMAGES]))
     if correlations:
         print("Correlation of the detectors' ranks by the mean of noises with those by the mean")
-        print(f"of images (Spearman), by network: {evaluation.spread(correlations)}\n")
+        print(f"of images (Spearman), by network: {spread(correlations)}\n")
 
     rows["difference"] = (rows["auroc"] - rows["auroc_of_test_py"]).round(2) + 0.0  # no -0.00
     same = rows.dropna(subset="difference")
-    differences = same.pivot_table("difference", "detector", "set", evaluation.spread, sort=False)
-    evaluation.print_table(differences, "AUROC minus that of test.py's score of the name")
+    differences = same.pivot_table("difference", "detector", "set", spread, sort=False)
+    print_table(differences, "AUROC minus that of test.py's score of the name")
     for name, reason in results["skipped"].items():
         print(f"skipped {name}: {reason}")
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ood_data
 import ood_utils
 import test as evaluation
+from experiments.compare import print_table, spread
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 BATCH_SIZE = 128
@@ -44,8 +45,9 @@ def published_test_pass(model, images, order):
 
 def ask(config):
     """Evaluate every network before and after; print the table, write and return the JSON."""
-    config.output = config.output or str(RESULTS)
-    results, networks, loaders = evaluation.load(config)
+    config = ood_utils.check(config)
+    paths = evaluation.find_checkpoints(config)
+    results, loaders = evaluation.load_sets(config, paths[0])
     images = loaders[evaluation.CLOSED].images
     if len(images) % BATCH_SIZE == 1:
         raise ood_utils.InputError("Batch norm cannot be trained on a last batch of one image.")
@@ -53,19 +55,20 @@ def ask(config):
     for seed in range(1, ORDERS):
         orders[f"order {seed}"] = np.random.default_rng(seed).permutation(len(images))
     labels = loaders[evaluation.CLOSED].labels.cpu().numpy()
+    results["config"]["score"] = config.score
     results["rows"] = []
-    for path, network in networks.items():
+    for path in paths:
+        network, _ = evaluation.load_run(path, loaders)
         for name, order in orders.items():
             model = copy.deepcopy(network)
             if order is not None:
                 published_test_pass(model, images, order)
-            run, rows, _ = evaluation.measure_run(
-                path, *evaluation.score_sets(model, loaders), labels
-            )
-            of_pass = {"test_pass": name, "error_rate": run["error_rate"]}
-            results["rows"] += [row | of_pass for row in rows]
+            figures = evaluation.measure(*evaluation.score_sets(model, loaders), labels)
+            of_pass = {"checkpoint": str(path), "test_pass": name}
+            of_pass["error_rate"] = figures["error_rate"]
+            results["rows"] += [of_pass | row for row in figures["rows"]]
     print_tables(results)
-    file = Path(config.output).expanduser() / "published_test_pass.json"
+    file = (config.output or RESULTS) / "published_test_pass.json"
     ood_utils.write_file(file, json.dumps(results, indent=1).encode())
     return results
 
@@ -80,8 +83,8 @@ def summarise(values, published=None):
     after = values.drop(columns=BEFORE)
     low, high = after.min(axis=None), after.max(axis=None)
     line = {
-        "before": evaluation.spread(values[BEFORE]),
-        "after": evaluation.spread(after.mean(axis=1)),
+        "before": spread(values[BEFORE]),
+        "after": spread(after.mean(axis=1)),
         "between orders": f"{(after.max(axis=1) - after.min(axis=1)).mean():.2f}",
         "after, range": f"{low:.2f} to {high:.2f}",
     }
@@ -94,17 +97,19 @@ def summarise(values, published=None):
 
 def print_tables(results):
     """A line a figure; the range is over networks and orders, "between orders" within a network."""
-    rows = evaluation.shown_rows(results)
-    on_cifar100 = results["config"]["dataset"] == "cifar100" and results["config"]["score"] == "msp"
-    published = evaluation.PUBLISHED if on_cifar100 else {}
-    error_rate = evaluation.PUBLISHED_ERROR_RATE if published else None
+    rows = pd.DataFrame(results["rows"])
+    rows = rows[rows["score"] == results["config"]["score"]]
+    published = json.loads((RESULTS / "published.ood.json").read_text())
+    known = {(row["set"], row["score"]): row for row in published["rows"]}
+    if results["config"]["dataset"] != "cifar100":
+        published, known = {}, {}
     split = rows[rows["set"] == evaluation.SPLIT]
-    lines = {"error rate": summarise(by_pass(split, "error_rate"), error_rate)}
+    lines = {"error rate": summarise(by_pass(split, "error_rate"), published.get("error_rate"))}
     for name, of_set in rows.groupby("set", sort=False):
-        known = published.get(name, [None] * len(METRICS))
-        for (metric, title), figure in zip(METRICS.items(), known, strict=True):
-            lines[f"{name}, {title}"] = summarise(by_pass(of_set, metric), figure)
-    evaluation.print_table(pd.DataFrame(lines).T, "test pass in train mode")
+        row = known.get((name, results["config"]["score"]), {})
+        for metric, title in METRICS.items():
+            lines[f"{name}, {title}"] = summarise(by_pass(of_set, metric), row.get(metric))
+    print_table(pd.DataFrame(lines).T, "test pass in train mode")
     for name, reason in results["skipped"].items():
         print(f"skipped {name}: {reason}")
 

@@ -1,0 +1,367 @@
+"""Did it help? Compare the settings that runs were trained with, by what test.py wrote.
+
+    python experiments/compare.py steps_seed?.ood.json cosine_seed?.ood.json
+    python experiments/compare.py results/cifar100_seed?.ood.json mine.ood.json --score gen
+
+Reads .ood.json files only. Runs that differ in nothing but their seed form a group; that of the
+first file is the base. Draws the AUROC of every run and its accuracy by epoch. Prints, for each
+group, every metric and AUROC by score; then how the codes differ; last, error rate and AUROC of
+each group with the difference to the base. Exit status 1 if the picture cannot be drawn.
+"""
+
+import difflib
+import glob
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import tyro
+from scipy import stats
+from tyro.conf import Positional
+
+SPLIT = "right / wrong"
+METRICS = {
+    "auroc": "AUROC",
+    "aupr": "AUPR, in-distribution positive",
+    "fpr95": "FPR95, in-distribution positive",
+    "aupr_out": "AUPR, OOD positive",
+    "fpr95_out": "FPR95, OOD positive",
+}
+AGED = ("data",)  # what logs older than it lack without being of another setting
+DIFF_LINES = 40  # at most, of two codes
+
+NOTE = """In brackets, the 95% interval (Welch's) of the mean difference over training seeds, on
+these test images. *: significant at 5% after Holm's correction over all rows of the table."""
+NOTE_ONE = """No interval and no star for a single run, or where nothing varies. In parentheses, the
+range of the runs on the other side."""
+
+
+@dataclass
+class Config:
+    files: Positional[tuple[Path, ...]]  # .ood.json files
+    score: str = "msp"  # by which runs are compared
+    picture: Path = Path("comparison.png")  # to draw
+    ignore_code: bool = False  # group by settings and data only
+
+
+def main(config):
+    files = [Path(one) for file in config.files for one in sorted(glob.glob(str(file))) or [file]]
+    runs = [read(file, config.score) for file in files]
+    check_contents(runs)
+    name_groups(runs, config.ignore_code)
+    groups = {}
+    for run in drop_copies(runs):
+        groups.setdefault(run["group"], []).append(run)
+    for name, members in groups.items():
+        print_group(name, members, config.score)
+    drawn = draw(groups, config)
+    if len(groups) > 1:
+        print_code_differences(groups)
+        print_comparison(groups, config.score)
+    return 0 if drawn else 1
+
+
+def fail(text):
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+# Read and group -------------------------------------------------------------------------
+
+
+def read(file, score):
+    """Return what a file holds, and its rows as a table by score and set."""
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        rows = pd.DataFrame(run["rows"]).set_index(["score", "set"])[[*METRICS]].astype(float)
+        figures = [run["error_rate"], *rows["auroc"].dropna()]
+        if not all(0 <= figure <= 100 for figure in figures):
+            raise ValueError("a figure is no percentage")
+        known = {"file": str(file), "table": rows, "weights": run["checkpoint"]["weights"]}
+    except OSError as error:
+        fail(error)
+    except (ValueError, LookupError, TypeError) as error:
+        fail(f"{file} is no .ood.json file of test.py: {str(error)[:80]}")
+    if score not in rows.index:
+        fail(f"{file} has no score {score}: use {', '.join(rows.index.unique('score'))}.")
+    return run | known
+
+
+def check_contents(runs):
+    """End where two files have other images, or another score, under one name."""
+    seen = {}
+    for run in runs:
+        contents = {f"set {name}": one.get("digest") for name, one in run["sets"].items()}
+        contents |= {f"score {name}": digest for name, digest in run["scores"].items()}
+        for name, digest in contents.items():
+            file, other = seen.setdefault(name, (run["file"], digest))
+            if None not in (digest, other) and digest != other:
+                fail(f"{file} and {run['file']} differ in the content of {name}.")
+
+
+def name_groups(runs, ignore_code):
+    """Give each run its "stem", and its "group": the stem and every setting that differs."""
+    for run in runs:
+        run["log"] = run["training"] or {"settings": {}, "seed": run["file"]}
+        others = {name: run["log"].get(name) for name in ("epochs_done", "data", "code")}
+        run["known"] = run["log"]["settings"] | others
+    logged = [run["known"] for run in runs if run["training"]]
+    left_out = [name for name in AGED if any(known[name] is None for known in logged)]
+    left_out += ["code"] if ignore_code else []
+    names = dict.fromkeys(name for known in logged for name in known if name not in left_out)
+    for run in runs:
+        values = [run["known"].get(name) for name in names]
+        run["key"] = json.dumps(values if run["training"] else run["file"])
+    keys = {}
+    for run in runs:
+        members = [other for other in runs if other["key"] == run["key"]]
+        stems = [Path(other["file"]).name.removesuffix(".ood.json") for other in members]
+        run["stem"] = os.path.commonprefix(stems) or stems[0]
+        differ = [
+            name for name in names if any(one.get(name) != run["known"].get(name) for one in logged)
+        ]
+        parts = [describe(name, run, runs[0]) for name in differ if run["training"]]
+        title = f"{run['stem']}: {', '.join(filter(None, parts))}".removesuffix(": ")
+        same = keys.setdefault(title, run["key"]) == run["key"]
+        run["group"] = title if same else f"{title} ({members[0]['file']})"
+
+
+def describe(name, run, base):
+    """A setting in which runs differ, as text; "" where another one implies it."""
+    value = run["known"].get(name)
+    if name == "epochs_done":
+        return "" if value == run["known"]["epochs"] else f"only {value} epochs done"
+    if name == "classes":
+        return f"{len(value)} classes"
+    return f"code {first_change(base, run)}" if name == "code" else f"{name} {value}"
+
+
+def drop_copies(runs):
+    """Return the runs without those whose weights came before, and say so."""
+    kept = []
+    for run in runs:
+        twins = [other for other in kept if other["weights"] == run["weights"]]
+        logged = run["training"] and all(twin["training"] for twin in twins)
+        new = logged and all(twin["key"] != run["key"] for twin in twins)
+        if new or not twins:
+            kept.append(run)
+        if twins:
+            what = "the change had no effect" if new else "they count once"
+            print(f"{twins[0]['file']} and {run['file']} have equal weights: {what}.\n")
+    return kept
+
+
+# Print ----------------------------------------------------------------------------------
+
+
+def spread(values):
+    """Mean +- sample standard deviation (ddof 1) over runs; of one, its value."""
+    values = np.asarray(values, dtype=float)
+    if not len(values) or np.isnan(values).any():
+        return "n/a"
+    text = f"{np.mean(values):.2f}"
+    if len(values) > 1:
+        text += f" +- {np.std(values, ddof=1):.2f}"
+    return text
+
+
+def print_table(table, title):
+    """A DataFrame of texts as a Markdown table, its index as the first column."""
+    table = table.rename_axis(title).reset_index()
+    table[title] = table[title].str.replace("|", "\\|")
+    table.columns = table.columns.str.replace("|", "\\|")
+    align = ["left", *["right"] * (table.shape[1] - 1)]
+    print(table.to_markdown(index=False, tablefmt="pipe", colalign=align, disable_numparse=True))
+    print()
+
+
+def get_figures(runs, score, metric="auroc"):
+    """A metric: a line for each run, a column for each set of all runs, and their two means."""
+    lines = [run["table"].loc[score][metric] for run in runs]
+    names = [name for name in lines[0].index if all(name in line for line in lines)]
+    figures = pd.DataFrame([line[names] for line in lines], [run["file"] for run in runs])
+    for kind, title in (("noise", "mean of noises"), ("images", "mean of image sets")):
+        of_kind = [name for name in names if runs[0]["sets"].get(name, {}).get("kind") == kind]
+        if of_kind:
+            figures[title] = figures[of_kind].mean(axis=1, skipna=False)
+    return figures
+
+
+def print_group(name, runs, score):
+    """Every metric of a group by the score, and AUROC by every score."""
+    how = f"mean +- standard deviation of {len(runs)} runs" if len(runs) > 1 else "one run"
+    print(f"{name}: {how}; error rate {spread([run['error_rate'] for run in runs])}\n")
+    columns = {METRICS[metric]: get_figures(runs, score, metric).agg(spread) for metric in METRICS}
+    classes = {name: [] for name in columns["AUROC"].index if not name.startswith("mean of ")}
+    for row, values in classes.items():
+        values += [run["sets"].get(row, {}).get("effective_classes", np.nan) for run in runs]
+    columns["effective classes"] = pd.Series(classes).map(spread).replace("n/a", "")
+    print_table(pd.DataFrame(columns).loc[list(classes)], score)
+    scores = runs[0]["table"].index.unique("score")
+    common = [one for one in scores if all(one in run["table"].index for run in runs)]
+    print_table(pd.DataFrame({one: get_figures(runs, one).agg(spread) for one in common}), "AUROC")
+
+
+def diff_codes(base, run):
+    """The lines of a unified diff of the codes of two runs; none where one is unknown."""
+    old, new = (one["log"].get("sources") or {} for one in (base, run))
+    lines = []
+    for name in sorted({*old, *new}) if old and new else ():
+        texts = old.get(name, "").splitlines(), new.get(name, "").splitlines()
+        lines += difflib.unified_diff(*texts, name, name, lineterm="", n=1)
+    return lines
+
+
+def first_change(base, run):
+    """The first line that another code has instead, or the digest of the code."""
+    lines = [line[1:].strip() for line in diff_codes(base, run) if line.startswith("+")]
+    lines = [line for line in lines if line and not line.startswith("++")]
+    return f"`{lines[0][:40]}`" if lines else run["log"].get("code") or "unknown"
+
+
+def print_code_differences(groups):
+    (base, *_), *others = groups.values()
+    for run, *_ in others:
+        lines = diff_codes(base, run) if run["known"]["code"] != base["known"]["code"] else []
+        if lines:
+            print(f"The code of {run['stem']} against that of {base['stem']}:")
+            print("\n".join(lines[:DIFF_LINES]))
+            left = len(lines) - DIFF_LINES
+            print(f"... and {left} lines more\n" if left > 0 else "")
+
+
+# Compare --------------------------------------------------------------------------------
+
+
+def compare_means(base, other):
+    """Return (difference of the means, low, high, p): Welch's test and its 95% interval.
+
+    base, other: a figure of each run, (N,) and (M,). NaN for one run on a side, and where
+    nothing varies: a few test images round the error rates, seeds do not agree like that.
+    """
+    base, other = np.asarray(base), np.asarray(other)
+    difference = other.mean() - base.mean()
+    if min(len(base), len(other)) < 2 or np.ptp(base) + np.ptp(other) < 1e-9:
+        return difference, np.nan, np.nan, np.nan
+    test = stats.ttest_ind(other, base, equal_var=False)
+    return difference, *test.confidence_interval(0.95), test.pvalue
+
+
+def holm(p_values, level=0.05):
+    """Which of many p-values are significant after Holm's correction; NaN never is."""
+    p_values = np.asarray(p_values, dtype=float)
+    order = np.argsort(p_values)  # NaN last
+    limits = level / np.arange(np.sum(~np.isnan(p_values)), 0, -1)
+    below = np.minimum.accumulate(p_values[order][: len(limits)] < limits)
+    significant = np.zeros(len(p_values), dtype=bool)
+    significant[order[: len(limits)]] = below
+    return significant
+
+
+def compare(groups, score):
+    """A DataFrame of texts: error rate and AUROC of each group, and differences to the first."""
+    runs = [run for members in groups.values() for run in members]
+    figures = get_figures(runs, score)
+    figures.insert(0, "error rate", [run["error_rate"] for run in runs])
+    table, tests, base = {}, {}, None
+    for name, members in groups.items():
+        seeds = [str(run["log"]["seed"]) for run in members]
+        mine = (
+            figures.loc[[run["file"] for run in members]]
+            .groupby(seeds, sort=False)
+            .mean(skipna=False)
+        )
+        table[f"{name} ({len(mine)} {'run' if len(mine) == 1 else 'runs'})"] = mine.agg(spread)
+        if base is None:
+            base, base_stem = mine, members[0]["stem"]
+            continue
+        title = f"{members[0]['stem']} minus {base_stem}"
+        title = title if title not in table else f"{name} minus {base_stem}"
+        table[title] = {}
+        several = base if len(mine) == 1 else mine
+        for row in figures:
+            tests[title, row] = compare_means(base[row], mine[row]), several[row]
+    stars = holm([test[-1] for test, _ in tests.values()])
+    for (title, row), star in zip(tests, stars, strict=True):
+        table[title][row] = difference_text(*tests[title, row], star)
+    return pd.DataFrame(table)
+
+
+def difference_text(test, several, star):
+    """A difference with its interval and star; without them, with the range of several runs."""
+    difference, low, high, _ = test
+    if np.isnan(difference):
+        return "n/a"
+    if np.isfinite(low):
+        return f"{difference:+.2f} [{low:.2f}, {high:.2f}]{' *' if star else ''}"
+    span = f" ({several.min():.2f} to {several.max():.2f})" if len(several) > 1 else ""
+    return f"{difference:+.2f}{span}"
+
+
+def print_comparison(groups, score):
+    """The comparison, what it leaves out, and what else differs."""
+    runs = [run for members in groups.values() for run in members]
+    table = compare(groups, score)
+    print_table(table, f"error rate and AUROC, {score}")
+    print(NOTE if "[" in table.to_string() else NOTE_ONE)
+    names = dict.fromkeys(name for run in runs for name in run["table"].loc[score].index)
+    left_out = [name for name in names if name not in table.index]
+    if left_out:
+        print(f"Left out, not in every file: {', '.join(left_out)}.")
+    for name, members in groups.items():
+        seeds = [run["log"]["seed"] for run in members]
+        if len(set(seeds)) < len(seeds):
+            print(f"{name}: runs with the same seed are averaged first.")
+    devices = [run["log"].get("device") for run in runs]
+    versions = [(run["log"].get("versions") or {}).get("torch") for run in runs]
+    for title, found in (("devices", devices), ("versions of torch", versions)):
+        found = list(dict.fromkeys(filter(None, found)))
+        if len(found) > 1:
+            print(f"These runs were trained with different {title}: {'; '.join(found)}.")
+
+
+# Picture --------------------------------------------------------------------------------
+
+
+def draw(groups, config):
+    """Draw for each set a line of dots per group, one dot a run, and accuracies by epoch."""
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure  # no pyplot: no display, no global state
+
+        tables = [run["table"].loc[config.score] for runs in groups.values() for run in runs]
+        sets = list(dict.fromkeys(name for table in tables for name in table.index))
+        height = 0.3 * len(sets) * max(1, len(groups) / 5)  # inches
+        figure = Figure((7.5, height + 2.5 + 0.2 * len(groups)), dpi=130, layout="constrained")
+        dots, accuracies = figure.subplots(2, 1, height_ratios=(height + 0.5, 1.6))
+        dots.axvline(50, color="0.8")
+        for line, (name, runs) in enumerate(groups.items()):
+            colour = f"C{line}" if len(groups) <= 10 else colormaps["turbo"](line / len(groups))
+            label = name.replace("$", r"\$")[:100]  # no TeX
+            for run in runs:
+                aurocs = run["table"].loc[config.score]["auroc"].reindex(sets)
+                heights = np.arange(len(sets)) + 0.6 * line / len(groups)
+                dots.plot(aurocs, heights, "o", color=colour, alpha=0.7, label=label)
+                label = None
+                accuracy = 100 * np.array((run["training"] or {}).get("accuracy", []))
+                accuracies.plot(np.arange(len(accuracy)) + 1, accuracy, color=colour, lw=1)
+        dots.set_yticks(range(len(sets)), [name.replace("$", r"\$")[:25] for name in sets])
+        dots.invert_yaxis()
+        dots.set_xlabel("AUROC of each run; grey: chance")
+        accuracies.set_xlabel("epoch")
+        accuracies.set_ylabel("accuracy, %")
+        figure.legend(loc="outside lower center", frameon=False)
+        figure.savefig(config.picture)
+        print(f"drew {config.picture}\n")
+        return True
+    except Exception as error:
+        print(f"error: no picture: {' '.join(str(error).split())}", file=sys.stderr)
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config)))
