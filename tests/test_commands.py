@@ -1,6 +1,8 @@
 """The command lines as a user starts them: digits from end to end, the report, bad input."""
 
+import dataclasses
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -17,6 +19,7 @@ import ood_data
 import ood_utils
 import test as evaluation
 import train
+from ood_utils import InputError
 
 
 def test_digits_from_end_to_end(tmp_path, monkeypatch, command):
@@ -38,13 +41,15 @@ def test_digits_from_end_to_end(tmp_path, monkeypatch, command):
     report, tables = out.split("\n\n", 1)
     error_rate, *lines = report.splitlines()
     assert status == 0 and lines[1::2] == [f"ood type: {name}" for name in sets]
-    assert "mean of noises" in tables and "published" not in tables  # those are CIFAR-100's
-    written = [f"digits_resnet18.ood.{ending}" for ending in ("npz", "json", "png")]
-    assert out.splitlines()[-3:] == [f"wrote {name}" for name in written]
+    assert re.search(r"\| right / wrong +\| +\d", tables)
+    written = [f"digits_resnet18.ood.{ending}" for ending in ("npz", "json")]
+    assert tables.splitlines()[-1] == f"wrote {written[1]} and {written[0]}"
 
     results, arrays = read_json(written[1]), np.load(written[0])
     digest = hashlib.sha256((tmp_path / "digits_resnet18.pth").read_bytes()).hexdigest()
-    assert results["checkpoints"][0]["sha256"] == digest
+    assert read_json("digits_resnet18.json")["sha256"] == digest
+    kinds = {name: (one["kind"], one["images"]) for name, one in results["sets"].items()}
+    assert kinds["blob"] == ("noise", 72) and kinds["photos"] == ("images", 72)
     correct = arrays["labels"] == arrays["predictions/closed set"]
     assert error_rate == f"Error Rate {100 * (1 - correct.mean()):.4f}"
     rows = {(row["set"], row["score"]): row for row in results["rows"]}
@@ -56,48 +61,64 @@ def test_digits_from_end_to_end(tmp_path, monkeypatch, command):
             out_aupr = average_precision_score(1 - is_in, -both)
             assert row["auroc"] == pytest.approx(100 * roc_auc_score(is_in, both), abs=1e-10)
             assert row["aupr_out"] == pytest.approx(100 * out_aupr, abs=1e-10)
-            assert row["chance_aupr"] == pytest.approx(100 * 5 / 6)
+            assert (row["positives"], row["negatives"]) == (360, 72)
     for line, name in zip(lines[::2], ("right / wrong", *sets), strict=True):
         form = "AUROC: {auroc:.4f}, AUPR: {aupr:.4f}, FPR95: {fpr95:.4f}"
         assert line == form.format(**rows[name, evaluation.Config.score])
 
 
-def test_the_files_are_there_before_the_report(in_tiny_run, monkeypatch):
-    """`python test.py | head -1` leaves them."""
-    monkeypatch.setattr(evaluation, "print_report", mock.Mock(side_effect=BrokenPipeError))
-    with pytest.raises(BrokenPipeError):
-        evaluation.evaluate(evaluation.Config("digits_resnet18.pth", ood_types="blob"))
-    assert set(files_of(in_tiny_run, "digits_resnet18.ood")) == {".npz", ".json", ".png"}
+def test_scores_are_kept_and_shown_each_on_its_own(in_tiny_run, command, monkeypatch, capsys):
+    """`python test.py | head -1` leaves the files; a full disk leaves the report."""
+    flags = ["--checkpoint", "digits_resnet18.pth", "--ood-types", "blob"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ood_utils, "write_file", mock.Mock(side_effect=OSError(28, "full", "x")))
+        status, out, err = command("test.py", *flags)
+    assert status == 2 and "AUROC" in out and "full" in err and err.count("\n") == 3
+    with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
+        patch.setattr(evaluation, "print_report", mock.Mock(side_effect=BrokenPipeError))
+        evaluation.evaluate(evaluation.Config(("digits_resnet18.pth",), ood_types=("blob",)))
+    assert set(files_of(in_tiny_run, "digits_resnet18.ood")) == {".npz", ".json"}
 
 
-def test_unavailable_sets_are_skipped_and_files_kept(in_tiny_run, command, no_network, monkeypatch):
-    """In a report of another score than MSP; a reader that fails is named by file and line."""
-    monkeypatch.setitem(ood_data.OOD_IMAGES, "tapes", lambda *args: os.listdir("no such tape"))
+def test_unavailable_sets_are_skipped_in_their_place(in_tiny_run, command, no_network):
+    """In a report of another score than MSP; a set that is a mistake stops the command."""
     flags = ["--dataset", "digits", "--data-root", in_tiny_run, "--score", "gen", "--ood-types"]
-    status, out, _ = command("test.py", *flags, "svhn", "tapes", "gaussian")
+    status, out, _ = command("test.py", *flags, "svhn", "gaussian")
     results = read_json("digits_resnet18.ood.json")
     (row,) = (row for row in results["rows"] if (row["set"], row["score"]) == ("gaussian", "gen"))
-    assert status == 1 and f"ood type: gaussian\nAUROC: {row['auroc']:.4f}," in out
-    for name, reason in (("svhn", "SVHN is missing"), ("tapes", "tape' (test_commands.py:")):
-        assert reason in results["skipped"][name]
-        assert f"ood type: {name}\nskipped: {results['skipped'][name]}\n" in out
+    skipped = f"ood type: svhn\nskipped: {results['skipped']['svhn']}\nood type: gaussian\n"
+    assert status == 1 and f"{skipped}AUROC: {row['auroc']:.4f}," in out
+    assert "SVHN is missing" in results["skipped"]["svhn"]
+    status, _, err = command("test.py", *flags, "svhn", "fog")
+    assert status == 2 and "Unknown OOD type 'fog'" in err
 
-    before = files_of(in_tiny_run, "digits_resnet18")
-    status, out, _ = command("test.py", *flags, "svhn")
-    assert status == 1 and "skipped: " in out and "wrote" not in out
-    assert files_of(in_tiny_run, "digits_resnet18") == before
+
+def test_another_evaluation_is_moved_not_replaced(in_tiny_run, command):
+    """Of other sets, another split, or of what was skipped; an equal one stays as it is."""
+    flags = ["test.py", "--checkpoint", "digits_resnet18.pth", "--ood-types"]
+    command(*flags, "blob")
+    before = files_of(in_tiny_run, "digits_resnet18.ood")
+    _, out, _ = command(*flags, "blob")
+    assert "kept" not in out and files_of(in_tiny_run, "digits_resnet18.ood") == before
+    _, out, _ = command(*flags, "photos")
+    assert "digits_resnet18.ood.json as digits_resnet18.1.ood.json" in out
+    assert files_of(in_tiny_run, "digits_resnet18.1.ood") == before
+    second = files_of(in_tiny_run, "digits_resnet18.ood")
+    command(*flags, "blob", "--seed", 1)
+    assert files_of(in_tiny_run, "digits_resnet18.2.ood") == second
 
 
 @pytest.mark.parametrize("shift,missing", [(0, "misclassified"), (1, "correctly classified")])
 def test_an_empty_half_of_the_split_is_named(shift, missing, in_tiny_run, command, monkeypatch):
     images, _, classes = ood_data.read_closed_set("digits", train=False)
-    logits, _ = ood_utils.get_logits(train.load_network("digits_resnet18.pth"), [images])
+    loader = train.get_loader(False, "digits")
+    logits, _ = ood_utils.get_logits(train.load_network("digits_resnet18.pth"), loader)
     labels = (logits.argmax(1) + shift) % 10
     monkeypatch.setitem(ood_data.CLOSED_SETS, "digits", lambda *args: (images, labels, classes))
     _, out, _ = command("test.py", "--dataset", "digits", "--ood-types", "blob")
     assert out.startswith(f"Error Rate {100.0 * shift:.4f}\nAUROC: n/a, ")
     assert f"no {missing} image" in out
-    assert re.search(r"\| right / wrong +\| +n/a \|", out)
+    assert re.search(r"\| right / wrong +\| +n/a +\|", out)
 
 
 def test_own_images_as_closed_set_and_ood_set(in_tiny_run, command):
@@ -110,7 +131,9 @@ def test_own_images_as_closed_set_and_ood_set(in_tiny_run, command):
     rows = read_json("new.ood.json")["rows"]
     counts = {row["set"]: (row["positives"], row["negatives"]) for row in rows}
     assert counts["photos"] == counts["labels"] == (10, 2)
-    assert "an unfinished run, 1 of 4 epochs" in command("test.py", *flags, "cut.pth")[2]
+    assert len(np.load("new.ood.npz")["files/labels"]) == 2
+    status, _, err = command("test.py", *flags, "cut.resume.pth")
+    assert status == 0 and "an unfinished run, 1 of 4 epochs" in err
 
     moved = (in_tiny_run / "pets").rename(in_tiny_run / "moved")  # the same classes
     assert command("test.py", *flags, "new.pth", "--dataset", "moved")[0] == 0
@@ -120,7 +143,94 @@ def test_own_images_as_closed_set_and_ood_set(in_tiny_run, command):
     assert status == 2 and "was trained on" in err
 
 
-def test_help_lists_what_the_tables_hold(command, monkeypatch):
+def test_several_checkpoints_are_independent(in_tiny_run, command, monkeypatch):
+    """One after the other; scores that are not finite cost no other checkpoint."""
+    state = torch.load("digits_resnet18.pth", weights_only=True)
+    *_, bias = state
+    torch.save(state | {bias: state[bias] + 1e30}, "bad.pth")
+    torch.save(state | {bias: state[bias] + 0.1}, "good.pth")
+    monkeypatch.setitem(ood_utils.SCORES, "square", lambda logits: logits.float().square().sum(1))
+    flags = ["--dataset", "digits", "--ood-types", "blob", "--checkpoint", "bad.pth"]
+    status, out, err = command("test.py", *flags, "good.pth", "digits_resnet18.pth")
+    assert status == 1 and "bad.pth: scores of closed set are not finite" in err
+    assert out.count("Error Rate") == 2 and (in_tiny_run / "digits_resnet18.ood.json").exists()
+    status, _, err = command("test.py", *flags)
+    assert status == 2 and "bad.pth: scores of" in err
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda model: model.insert(5, torch.nn.Dropout(0.0)), None),
+    (lambda model: model.insert(5, torch.nn.Softmax(1)), r"error rate of .*, but .* by its log"),
+])  # fmt: skip
+def test_old_weights_under_new_code_are_refused(change, message, in_tiny_run, monkeypatch):
+    """They load, but the network computes something else than the log says."""
+    build = train.build_network
+
+    def edited(*args):
+        model = build(*args)
+        weights = [*model[-1].parameters()]
+        change(model)
+        model[-1].weight, model[-1].bias = weights
+        return model
+
+    state = torch.load("digits_resnet18.pth", weights_only=True)
+    monkeypatch.setattr(train, "build_network", edited)
+    names = edited(10).state_dict()
+    torch.save(dict(zip(names, state.values(), strict=True)), "digits_resnet18.pth")
+    log = read_json("digits_resnet18.json")
+    log["sha256"] = hashlib.sha256((in_tiny_run / "digits_resnet18.pth").read_bytes()).hexdigest()
+    (in_tiny_run / "digits_resnet18.json").write_text(json.dumps(log))
+    config = evaluation.Config(("digits_resnet18.pth",), ood_types=())
+    if message is None:
+        evaluation.evaluate(config)
+        return
+    with pytest.raises(InputError, match=message):
+        evaluation.evaluate(config)
+
+
+def test_the_checkpoint_edited_in_train_is_the_default(monkeypatch):
+    monkeypatch.setattr(train.Config, "checkpoint", "nosuch.pth")
+    with pytest.raises(InputError, match="No checkpoint at nosuch.pth"):
+        evaluation.evaluate(evaluation.Config(dataset="digits"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_scoring(in_tiny_run, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    with pytest.raises(InputError, match="is not written to: pass --output"):
+        evaluation.evaluate(evaluation.Config(("digits_resnet18.pth",)))
+
+
+def test_the_shipped_results_are_not_written_to(in_tiny_run, tmp_path, monkeypatch):
+    """By default; from inside that folder neither."""
+    monkeypatch.setattr(evaluation, "RESULTS", in_tiny_run)
+    config = evaluation.Config((in_tiny_run / "digits_resnet18.pth",), ood_types=("blob",))
+    with pytest.raises(InputError, match="pass --output"):
+        evaluation.evaluate(config)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    evaluation.evaluate(config)
+    assert os.path.exists("digits_resnet18.ood.json")
+    evaluation.evaluate(dataclasses.replace(config, output=in_tiny_run))
+    assert (in_tiny_run / "digits_resnet18.ood.json").exists()
+
+
+def test_a_run_with_validation_never_reads_the_test_images(in_tiny_run, command, monkeypatch):
+    read = mock.Mock(side_effect=ood_data.CLOSED_SETS["digits"])
+    monkeypatch.setitem(ood_data.CLOSED_SETS, "digits", read)
+    train_quietly("digits", "v.pth", epochs=1, batch_size=128, validation=200)
+    (epoch,) = read_json("v.json")["epochs"]
+    flags = ["--split", "validation", "--ood-types", "blob", "--checkpoint"]
+    status, _, _ = command("test.py", *flags, "v.pth")
+    assert status == 0 and {is_train for (_, is_train), _ in read.call_args_list} == {True}
+    results = read_json("v.val.ood.json")  # not the name of the test images' figures
+    assert results["error_rate"] == pytest.approx(100 * (1 - epoch["validation_accuracy"]))
+    *_, row = results["rows"]
+    assert (row["set"], row["positives"], row["negatives"]) == ("blob", 200, 40)
+    status, _, err = command("test.py", *flags, "digits_resnet18.pth")
+    assert status == 2 and "--validation NUMBER" in err
+
+
+def test_help_lists_what_the_tables_hold(command):
     helps = [command(script, "--help")[1] for script in ("train.py", "test.py")]
     of_train, of_test = (" ".join(text.replace("│", " ").split()) for text in helps)
     for name in (*ood_data.NOISES, *ood_data.OOD_IMAGES, *ood_utils.SCORES):
@@ -130,8 +240,6 @@ def test_help_lists_what_the_tables_hold(command, monkeypatch):
     assert f"(default: {train.Config.epochs})" in of_train
     status, _, err = command("train.py", "--stem", "resnet")
     assert status == 2 and "imagenet" in err
-    monkeypatch.setenv("COLUMNS", "3")
-    assert command("train.py", "--help")[0] == 0  # it ends
 
 
 # Bad input: script, flags, what stderr says. {f} is a folder made by bad_folder().
@@ -140,20 +248,20 @@ BAD = [
     ("train.py", "--dataset digits --device abacus", "Device 'abacus' cannot be used"),
     ("train.py", "--dataset digits --device cuda:99", "Device 'cuda:99' cannot be used"),
     ("train.py", "--dataset cifar100 --data-root {f}/empty", "under {f}/empty .*: copy it"),
-    ("train.py", "--dataset {f}/no_test", "no_test needs images in .* test/<class>/"),
-    ("train.py", "--dataset {f}/other", "only one of train/ and test/ has the class bird"),
+    ("train.py", "--dataset {f}/no_test", "no_test/test"),
+    ("train.py", "--dataset {f}/other", "other: train/ and test/ do not both have bird"),
     ("train.py", "--dataset {f}/unreadable", "dog/broken.png is not a readable image"),
-    ("train.py", "--dataset digits --batch-size 359", "1437 images leave a last batch of 1"),
-    ("train.py", "--epochs 100 --milestones 0.5 80", "pass --milestones 0.5 0.8"),
-    ("train.py", "--label-smoothing 1.5", "--label-smoothing must lie between 0 and 1"),
+    ("train.py", "--dataset digits --batch-size 359", "1437 images leave a batch of 1"),
+    ("train.py", "--epochs 0", "^error: --epochs 0: Input should be greater than 0.$"),
+    ("train.py", "--milestones 0.5 80", "--milestones 80.0: Input should be less than or equal"),
     ("train.py", "--dataset digits --checkpoint {f}/ten.pth/a.pth", "ten.pth"),
-    ("test.py", "--dataset digits", "No checkpoint at digits_resnet18.pth. Run `python train.py`"),
+    ("test.py", "--dataset digits", "No checkpoint at digits_resnet18.pth: run `python train.py`"),
     ("test.py", "--dataset digits --ood-types fog --checkpoint {f}/ten.pth", "OOD type 'fog'"),
-    ("test.py", "--dataset cifar10 --ood-types cifar10 --checkpoint {f}/ten.pth", "set itself"),
+    ("test.py", "--dataset cifar10 --ood-types cifar10 --checkpoint {f}/ten.pth", "the closed set"),
     ("test.py", "--dataset digits --checkpoint {f}/ten.pth --ood-types {f}/a/x {f}/b/x", "'x'"),
     ("test.py", "--dataset digits --checkpoint {f}/code.pth", "code.pth is damaged, or holds code"),
-    ("test.py", "--dataset digits --checkpoint {f}/two.pth", "trained on 2 classes, not on digits"),
-    ("test.py", "--dataset digits --output {f} --checkpoint {f}/ten.pth {f}/a/ten.pth", "same"),
+    ("test.py", "--dataset digits --checkpoint {f}/two.pth", "trained on 2 classes, not on these"),
+    ("test.py", "--checkpoint {f}/ten.pth", "no log and 10 classes: pass --dataset"),
 ]  # fmt: skip
 
 

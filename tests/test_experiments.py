@@ -33,7 +33,7 @@ def test_the_published_test_pass_is_a_test_in_train_mode(in_tiny_run, monkeypatc
     assert not model.training
     torch.testing.assert_close(model.state_dict(), full.state_dict(), rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(published_test_pass, "BATCH_SIZE", 359)
-    config = evaluation.Config("digits_resnet18.pth", ood_types="photos", output=".")
+    config = evaluation.Config(("digits_resnet18.pth",), ood_types=("photos",), output=".")
     with pytest.raises(InputError, match="last batch of one image"):
         published_test_pass.ask(config)
 
@@ -81,7 +81,7 @@ def wide_checkpoint(tmp_path, monkeypatch):
 def test_detectors_are_those_of_the_library(wide_checkpoint, tmp_path):
     """MaxSoftmax is test.py's MSP; KNN is the distance to the 50th neighbour, by torch.cdist."""
     options = {"dataset": "digits", "output": ".", "device": "cpu"}
-    settings = evaluation.Config(wide_checkpoint, ood_types="photos", **options)
+    settings = evaluation.Config((wide_checkpoint,), ood_types=("photos",), **options)
     results = detectors.compare(settings)
     aurocs = {row["detector"]: row for row in results["rows"]}
     assert len(aurocs) == 21

@@ -16,7 +16,9 @@ from scipy.stats import norm
 from torchvision import transforms
 
 import ood_data
-from ood_data import ImageLoader, build_ood_loader, check_ood_name, read_closed_set
+import test as evaluation
+import train
+from ood_data import ImageLoader, build_ood_loader, read_closed_set
 from ood_utils import InputError
 
 
@@ -142,7 +144,7 @@ def test_an_unknown_set_is_refused():
         build_ood_loader("fog", 10)
 
 
-@pytest.mark.parametrize("numbers", [(0,), (), (10, 0)])
+@pytest.mark.parametrize("numbers", [(0,), (10, 0)])
 def test_numbers_below_one_are_refused(numbers):
     with pytest.raises(ValueError, match="at least 1"):
         build_ood_loader("blob", *numbers)
@@ -152,7 +154,7 @@ def test_numbers_below_one_are_refused(numbers):
 def test_an_unavailable_set_says_so(name, tmp_path, no_network):
     """Also the second time: a failed download leaves empty folders."""
     for _ in range(2):
-        with pytest.raises(InputError, match=f"is missing or damaged under {tmp_path}"):
+        with pytest.raises(OSError, match=f"is missing or damaged under {tmp_path}"):
             build_ood_loader(name, 10, data_root=tmp_path)
 
 
@@ -174,16 +176,17 @@ def test_sets_of_a_user_are_cut_and_bytes_are_normalised(monkeypatch):
 def test_the_closed_set_is_no_ood_set(class_folder, tmp_path, monkeypatch):
     for folder in (class_folder / "val", class_folder / "far", tmp_path / "cifar10"):
         folder.mkdir()
-    check_ood_name("cifar10", "cifar100")
-    check_ood_name(tmp_path, "cifar100")
-    check_ood_name(class_folder / "far", class_folder)  # beside train/ and test/
+    name_sets = evaluation.name_sets
+    assert name_sets(["cifar10"], "cifar100") == {"cifar10": "cifar10"}
+    name_sets([str(tmp_path)], "cifar100")
+    name_sets([str(class_folder / "far")], str(class_folder))  # beside train/ and test/
     monkeypatch.chdir(tmp_path)
-    check_ood_name(".", "cifar10")  # another thing than ./cifar10
+    name_sets(["."], "cifar10")  # another thing than ./cifar10
     monkeypatch.chdir(class_folder / "train")
-    check_ood_name("svhn", "../../pets")  # not ./svhn
+    name_sets(["svhn"], "../../pets")  # not ./svhn
     for name in ("..", ".", "test/cat", "train", "val"):
-        with pytest.raises(InputError, match="closed set itself"):
-            check_ood_name(class_folder / name, class_folder)
+        with pytest.raises(InputError, match="is, or holds, the closed set"):
+            name_sets([str(class_folder / name)], str(class_folder))
 
 
 def run_epoch(seed, number):
@@ -215,25 +218,53 @@ def test_images_of_another_form_are_refused(monkeypatch):
     """Floats, or another size, from a function that a user adds."""
     empty, large = (torch.zeros(n, 3, w, w, dtype=torch.uint8) for n, w in ((0, 32), (4, 64)))
     monkeypatch.setitem(ood_data.NOISES, "noise", lambda rng, n: np.zeros((n, 32, 32, 3)))
-    with pytest.raises(InputError, match="noise must return"):
+    with pytest.raises(InputError, match="noise has torch.float32"):
         build_ood_loader("noise", 4)
     for images in (torch.zeros(4, 3, 32, 32), empty, large):
         monkeypatch.setitem(ood_data.CLOSED_SETS, "mine", lambda *a, i=images: (i, [0] * 4, ["x"]))
         monkeypatch.setitem(ood_data.OOD_IMAGES, "mine", lambda *a, i=images: i)
         for read in (lambda: read_closed_set("mine"), lambda: build_ood_loader("mine", 4)):
-            with pytest.raises(InputError, match="mine must return"):
+            with pytest.raises(InputError, match="mine has torch"):
                 read()
 
 
-def test_downloads_into_one_folder_wait_for_each_other(tmp_path):
-    """Threads stand for jobs: the second starts when the first has its files."""
+def test_downloads_into_one_folder_wait_for_each_other(tmp_path, capfd):
+    """Threads stand for jobs: the second starts when the first has its files, and says so."""
     events = []
 
-    def download_slowly(root, download):
+    def download_slowly(root, download=False):
+        if not download:
+            raise RuntimeError("Dataset not found")
         events.append("begin")
         time.sleep(0.05)
         events.append("end")
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda _: ood_data.fetch(download_slowly, tmp_path / "new"), range(3)))
+    assert "waiting for the process that holds" in capfd.readouterr().err
     assert events == ["begin", "end"] * 3
+
+
+def contents_of(loader):
+    pairs = zip(loader.images, loader.labels.tolist(), strict=True)
+    return {(image.numpy().tobytes(), label) for image, label in pairs}
+
+
+def test_validation_images_are_neither_trained_on_nor_tested_on():
+    rest = contents_of(train.get_loader(True, "digits", validation=200))
+    held_out = contents_of(train.get_loader(False, "digits", validation=200))
+    test = contents_of(train.get_loader(False, "digits"))
+    assert (len(rest), len(held_out), len(test)) == (1237, 200, 360)
+    assert rest | held_out == contents_of(train.get_loader(True, "digits"))
+    assert not held_out & rest and not held_out & test
+    assert held_out == contents_of(train.get_loader(False, "digits", validation=200, seed=5))
+
+
+def test_a_folder_may_have_validation_images_of_its_own(class_folder):
+    for name in ("cat", "dog"):
+        write_images(class_folder / "val" / name, 3, seed=20)
+    rest, labels, _ = read_closed_set(str(class_folder), train=True, validation=5)
+    held_out, _, classes = read_closed_set(str(class_folder), train=False, validation=5)
+    assert len(rest) == 24 and len(held_out) == 6 and classes == ["cat", "dog"]
+    with pytest.raises(InputError, match="--validation 1437 leaves none of the 1437 images"):
+        read_closed_set("digits", train=True, validation=1437)

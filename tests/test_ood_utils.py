@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import ood_utils
-from ood_utils import SCORES, InputError, get_ood_scores, get_performance, get_threshold
+from ood_data import ImageLoader, normalise
+from ood_utils import SCORES, InputError, get_logits, get_ood_scores, get_performance, get_threshold
 
 
 def brute_force(pos, neg):
@@ -53,26 +54,22 @@ def test_performance_known_by_hand(capsys):
 
 
 @pytest.mark.parametrize("scores", [
-    torch.tensor([3.0, 4.0], dtype=torch.bfloat16), [torch.tensor(3.0, requires_grad=True), 4.0],
-    [torch.tensor([3.0, 4.0], requires_grad=True)], np.array([3, 4], np.float16),
-    torch.tensor([3, 4]), np.ma.masked_array([3.0, 4.0], [False, False]),
-    torch.tensor([[3.0], [4.0]]), np.array([[3.0, 4.0]]),
+    torch.tensor([3.0, 4.0], dtype=torch.bfloat16), torch.tensor([3.0, 4.0], requires_grad=True),
+    np.array([3, 4], np.float16), torch.tensor([3, 4]), torch.tensor([[3.0], [4.0]]),
+    np.ma.masked_array([3.0, 4.0], [False, False]), np.array([[3.0, 4.0]]),
 ], ids=str)  # fmt: skip
 def test_scores_come_in_many_types(scores):
     assert get_performance(scores, [1.0, 3.5])[0] == get_performance([5.0, 3.5], scores)[0] == 0.75
 
 
-@pytest.mark.parametrize("scores,word", [
-    ([], "finite"), ([1.0, np.nan], "finite"), ([np.inf, -np.inf], "finite"),
-    (np.ones((3, 2)), "finite"), (["1", "2"], "real"), ([None, 1.0], "real"),
-    ([True, False], "real"), (np.array([1 + 2j]), "real"), (torch.tensor([1 + 1j]), "real"),
-    (np.ma.masked_array([1.0, 2.0], [False, True]), "real"),
+@pytest.mark.parametrize("scores", [
+    [], [1.0, np.nan], [np.inf, -np.inf], np.ones((3, 2)), [None, 1.0],
+    np.ma.masked_array([1.0, 2.0], [False, True]),
 ], ids=str)  # fmt: skip
-def test_what_is_no_finite_real_number_is_refused(scores, word):
-    with pytest.raises(InputError, match=f"positive scores must be {word}"):
-        get_performance(scores, [1.0])
-    with pytest.raises(InputError, match=f"negative scores must be {word}"):
-        get_performance([1.0], scores)
+def test_what_is_no_finite_number_is_refused(scores):
+    for pair in ((scores, [1.0]), ([1.0], scores)):
+        with pytest.raises(InputError, match="Scores must be finite"):
+            get_performance(*pair)
 
 
 def test_scores_equal_their_formulas():
@@ -123,36 +120,68 @@ def test_aurc_and_augrc_equal_brute_force_over_orders(scores, correct):
 
 
 def test_get_ood_scores_is_float64_in_eval_mode_without_tf32():
-    """In float32 a margin of 21 has a softmax of exactly 1. Afterwards all is as it was."""
-    logits = torch.tensor([[0.0, 3.0], [21.0, 0.0], [1.0, 0.0]])
-    labels = torch.tensor([1, 0, 1])
+    """In float32 a margin of 21 has a softmax of exactly 1. Precisions are then as they were."""
+    logits = torch.tensor([[0.0, 3.0], [21.0, 0.0], [-1.0, 0.0]])
+    labels = torch.tensor([1, 0, 0])
     expected = logits.double().softmax(1).amax(1).tolist()
     model, convolutions, runs = torch.nn.Linear(2, 2, bias=False), torch.backends.cudnn.conv, []
     model.weight.data = torch.eye(2)
-    model.frozen = torch.nn.Dropout().eval()
     model.register_forward_pre_hook(
         lambda *args: runs.append((model.training, convolutions.fp32_precision))
     )
     before = convolutions.fp32_precision
-    batches = [(logits[:2], labels[:2]), (logits[2:], labels[2:])]
+    batches = [(logits[:2], labels[:2]), (logits[2:], labels[2:], "an index")]
     dataset = torch.utils.data.TensorDataset(logits, labels)
     for loader in (batches, torch.utils.data.DataLoader(dataset, 2)):
         scores, right, wrong = get_ood_scores(model, loader, closed_set=True)
         assert scores.tolist() == get_ood_scores(model, loader).tolist() == expected
         assert right.tolist() == expected[:2] and wrong.tolist() == expected[2:]
-    assert set(runs) == {(False, "ieee")}
-    for wrong_loader, message in (([], "no batch"), ([None], "A batch must be")):
-        with pytest.raises(ValueError, match=message):
-            get_ood_scores(model, wrong_loader)
-    assert model.training and not model.frozen.training and convolutions.fp32_precision == before
+    assert set(runs) == {(False, "ieee")} and convolutions.fp32_precision == before
+    with pytest.raises(ValueError, match="no batch"):
+        get_ood_scores(model, [])
 
 
-@pytest.mark.parametrize("wrap", [torch.nn.Sequential, torch.nn.DataParallel, torch.compile])
-def test_get_features_is_what_enters_the_last_linear_layer(wrap):
+IMAGES = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+NORMAL, UNIT = normalise(IMAGES), IMAGES / 255
+
+
+def test_images_that_are_not_normalised_are_refused():
+    network, labels = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 3)), [0] * 6
+    resized = UNIT * 1.1 - 0.05  # a bicubic one is a little wider than [0, 1]
+    for images in (UNIT, IMAGES.float(), IMAGES, resized):
+        with pytest.raises(InputError, match="not normalised"):
+            get_logits(network, [(images, labels)])
+    get_logits(network, [(normalise(torch.full_like(IMAGES, 255)), labels)])
+    get_logits(network, [(NORMAL, labels), (UNIT, labels)])  # some batch is
+    get_logits(network, ImageLoader(UNIT, labels))  # a noise may lie anywhere
+
+
+@pytest.mark.parametrize("backend,precision", [
+    (torch.backends, "ieee"),
+    (torch.backends.cudnn, "ieee"),
+    (torch.backends.cudnn.conv, "ieee"),
+    (torch.backends.mkldnn.matmul, "bf16"),
+])  # fmt: skip
+def test_the_precision_of_the_caller_changes_no_score(backend, precision):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 3))
+    expected = network(NORMAL)
+    before = backend.fp32_precision
+    try:
+        backend.fp32_precision = precision
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(get_logits(network, [(NORMAL, [0] * 6)])[0], expected)
+        assert backend.fp32_precision == precision
+    finally:
+        backend.fp32_precision = before
+
+
+def test_get_features_is_what_enters_the_last_linear_layer():
     head = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3), torch.nn.ReLU(), head)
     images = torch.randn(5, 2, 2)
-    features = ood_utils.get_features(wrap(model), [images[:3], images[3:]])
+    images[0] = images[3] = -1
+    batches = [(images[:3], [0] * 3), (images[3:], [0] * 2)]
+    features = ood_utils.get_features(model, batches)
     assert torch.equal(features, model[:3](images)) and not head[0]._forward_pre_hooks
 
 
