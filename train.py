@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import random
 import shlex
 import sys
@@ -38,7 +39,7 @@ from tyro.conf import arg
 
 import ood_data
 import ood_utils
-from ood_data import ImageLoader, memory_format, to_input
+from ood_data import ImageLoader, memory_format, normalise, to_input
 from ood_utils import InputError, Name, Seed, Size, UserPath
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -99,13 +100,9 @@ def crop_and_flip(images, generator, padding=4):
 
 def get_transform(train=True):
     """Return the function of a batch that get_loader uses: uint8, generator -> float32."""
-
-    def transform(images, generator=None):
-        augmented = augment_batch(images, generator)
-        ood_data.check_images(augmented, "augment_batch")
-        return to_input(augmented)
-
-    return transform if train else to_input
+    if not train:
+        return to_input
+    return lambda images, generator=None: normalise(augment_batch(images, generator))
 
 
 def get_loader(train=True, dataset=Config.dataset, augment=True, validation=0, **options):
@@ -113,14 +110,13 @@ def get_loader(train=True, dataset=Config.dataset, augment=True, validation=0, *
 
     Training images are shuffled and augmented anew in each epoch unless augment=False. With
     validation=n, n of them are held out, and train=False gives these, not the test images.
-    options: data_root; batch_size, device and seed of ImageLoader. Raises InputError for an
-    unknown set, OSError for an unavailable one.
+    options: data_root; batch_size, seed and device of ImageLoader.
     """
     data_root = options.pop("data_root", Config.data_root)
     data = ood_data.read_closed_set(dataset, data_root, train, validation)
     if train and augment:
-        options |= {"transform": get_transform(), "shuffle": True}
-        options.setdefault("batch_size", Config.batch_size)
+        shuffled = {"batch_size": Config.batch_size, "transform": get_transform(), "shuffle": True}
+        options = shuffled | options
     return ImageLoader(*data, **options)
 
 
@@ -185,20 +181,24 @@ class SmallMapConv(nn.Module):
 
 def load_network(path):
     """Return the network of X.pth or X.resume.pth, in eval mode on the CPU, or raise InputError."""
-    state = read_run(path)["model"]
+    run = read_run(path)
+    state = {name: value for name, value in run["model"].items() if torch.is_tensor(value)}
     for prefix in ("module.", "_orig_mod.", "module."):  # DataParallel, torch.compile
         state = {str(name).removeprefix(prefix): value for name, value in state.items()}
-    stem = "cifar" if state.get("conv1.weight", torch.ones(7)).shape[-1] == 3 else "imagenet"
+    first = state.get("conv1.weight", torch.ones(7))
+    stem = "cifar" if first.shape[-1:] == (3,) else "imagenet"
+    stem = run["log"]["config"]["stem"] if run["log"] else stem
     *_, bias = build_network(1, stem).state_dict()
-    model = build_network(len(state.get(bias, [0])), stem).float()
+    model = build_network(state.get(bias, torch.ones(1)).numel(), stem).float()
     try:
         model.load_state_dict(state)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path} does not fit build_network: {reason}") from error
     for name, value in model.state_dict().items():
-        if not value.isfinite().all():
-            raise InputError(f"{path}: {name} is not finite: train with a lower --lr.")
+        same_kind = state.get(name, value).is_floating_point() == value.is_floating_point()
+        if not same_kind or not value.isfinite().all():
+            raise InputError(f"{path}: {name} is not finite, or of another type.")
     return model.eval()
 
 
@@ -245,9 +245,9 @@ def train_epoch(model, optimizer, loader, config):
         step = captured if captured and full else train_step
         losses.append(step(model, optimizer, images, labels, config))
     losses = torch.stack(losses).tolist()  # once: each reading makes a GPU wait
-    for step, loss in enumerate(losses, start=1):
-        if not math.isfinite(loss):
-            raise InputError(f"The loss is not finite at epoch {epoch}, step {step}: lower --lr.")
+    bad = [step for step, loss in enumerate(losses, start=1) if not math.isfinite(loss)]
+    if bad:
+        raise InputError(f"The loss is not finite at epoch {epoch}, step {bad[0]}: lower --lr.")
     return sum(losses) / len(losses)
 
 
@@ -375,17 +375,18 @@ def pick_precision(precision, device, run=None):
 def checkpoint_path(checkpoint, dataset=Config.dataset, seed=0):
     """The given path, or <dataset>_resnet18.pth, with the seed in its name unless it is 0."""
     suffix = f"_seed{seed}" if seed else ""
-    path = Path(checkpoint or f"{Path(dataset).resolve().name}_resnet18{suffix}.pth")
+    name = os.path.basename(os.path.realpath(dataset))
+    path = Path(checkpoint or f"{name}_resnet18{suffix}.pth")
     if path.suffix != ".pth" or path.stem.endswith((".resume", ".ood")) or path.is_dir():
         raise InputError(f"{path} cannot be a checkpoint: its name must end in .pth.")
     return path
 
 
 def read_run(path):
-    """Read X.pth, whose log is X.json, or X.resume.pth: {"log", "model", and "optimizer"}.
+    """Read X.pth with its log X.json, or X.resume.pth: {"log", "model", and "optimizer"}.
 
-    Without a log it is None. Weights of other tools may be in an entry such as "state_dict".
-    Nothing in a file is executed. Raises InputError.
+    The log is None where there is none. Weights of other tools may be in an entry such as
+    "state_dict". Nothing in a file is executed. Raises InputError.
     """
     path = Path(path)
     if not path.exists():
@@ -399,20 +400,26 @@ def read_run(path):
     if {"log", "model", "optimizer"} <= state.keys():
         return state
     for entry in ("state_dict", "model", "model_state_dict", "net"):
-        if entry in state:
-            print(f"note: of {', '.join(state)} in {path}, {entry} is taken", file=sys.stderr)
+        if isinstance(state.get(entry), dict):
+            entries = ", ".join(map(str, state))
+            print(f"note: of {entries} in {path}, {entry} is taken", file=sys.stderr)
             state = state[entry]
+    return {"log": read_log(path), "model": state}
+
+
+def read_log(path):
+    """The log of X.pth, or None; InputError if it is of another checkpoint."""
     log_path = path.resolve().with_suffix(".json")  # a link has the log of its target
     if not log_path.exists():
-        return {"log": None, "model": state}
+        return None
     try:
         log = json.loads(log_path.read_text(encoding="utf-8"))
-        same = log["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = log["sha256"]
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{log_path} is damaged, or no log of train.py: move it.") from error
-    if not same:
+    if digest != hashlib.sha256(path.read_bytes()).hexdigest():
         raise InputError(f"{log_path} is the log of another checkpoint than {path}: move it.")
-    return {"log": log, "model": state}
+    return log
 
 
 def start_log(config, device, loaders):
