@@ -9,8 +9,8 @@ Prints, in percent, the error rate, then AUROC, AUPR and FPR95: of correctly cla
 then a table. Writes, beside each checkpoint or into --output:
     cifar100_resnet18.ood.json    every figure of every set and score, and their conditions
     cifar100_resnet18.ood.npz     scores and predictions of every image
-experiments/compare.py compares .ood.json files. An earlier evaluation that differs is moved to
-cifar100_resnet18.1.ood.json. Exit status 1 if an OOD set or a checkpoint was skipped.
+Another evaluation there is moved to cifar100_resnet18.1.ood.json. experiments/compare.py
+compares .ood.json files. Exit status 1 if an OOD set or a checkpoint was skipped.
 """
 
 import glob
@@ -56,22 +56,18 @@ class Config:
 OOD_SHARE = 5  # test images per OOD image; AUPR's chance level depends on it
 CLOSED = "closed set"
 SPLIT = "right / wrong"  # correctly classified test images against misclassified ones
-RESERVED = (CLOSED, SPLIT, "error rate", "mean of noises", "mean of image sets")
-METRICS = {
-    "auroc": "AUROC",
-    "aupr": "AUPR, in-distribution positive",
-    "fpr95": "FPR95, in-distribution positive",
-    "aupr_out": "AUPR, OOD positive",
-    "fpr95_out": "FPR95, OOD positive",
-}
+RESERVED = (CLOSED, "error rate", "mean of noises", "mean of image sets")  # rows of tables
+METRICS = {"auroc": "AUROC", "aupr": "AUPR, in-distribution positive"}
+METRICS |= {"fpr95": "FPR95, in-distribution positive"}
+METRICS |= {"aupr_out": "AUPR, OOD positive", "fpr95_out": "FPR95, OOD positive"}
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def evaluate(config=None):
     """Evaluate checkpoints one after the other; return what the JSON of each holds.
 
-    config: a Config, by default the published evaluation. Raises InputError or OSError; one of
-    several checkpoints that cannot be evaluated costs a line and is None.
+    config: a Config, by default the published evaluation. Raises InputError or OSError; of
+    several checkpoints, one that cannot be evaluated costs a line and is None.
     """
     config = ood_utils.check(config or Config())
     paths = find_checkpoints(config)
@@ -79,7 +75,11 @@ def evaluate(config=None):
     evaluations = []
     for path in paths:
         try:
-            evaluation, arrays = evaluate_run(path, conditions, loaders)
+            model, log = load_run(path, loaders)
+            scores, predictions = score_sets(model, loaders, path)
+            evaluation = describe_run(path, model, log) | conditions
+            evaluation |= measure(scores, predictions, loaders)
+            check_error_rate(evaluation)
         except InputError as error:
             if len(paths) == 1:
                 raise
@@ -90,6 +90,7 @@ def evaluate(config=None):
         try:
             print_report(evaluation, config.score)
         finally:  # also if nobody reads the report
+            arrays = pack(scores, predictions, loaders)
             write(evaluation, arrays, output_path(config, path))
     return evaluations
 
@@ -120,8 +121,8 @@ def output_path(config, path):
 def load_sets(config, path):
     """Return the conditions that the JSON holds, and {name: loader} with the closed set first.
 
-    path: of a checkpoint, whose log names the closed set. An unavailable OOD set is listed under
-    "skipped". Raises InputError for a mistake.
+    path: of a checkpoint, whose log names the closed set. An unavailable OOD set is listed
+    under "skipped". Raises InputError for a mistake.
     """
     run = train.read_run(path)
     *_, bias = run["model"].values()
@@ -154,15 +155,14 @@ def name_sets(ood_types, dataset):
     """Return {name: OOD type}; the set of a folder has the folder's name."""
     names, known = {}, (*ood_data.NOISES, *ood_data.OOD_IMAGES)
     closed = Path(os.path.realpath(os.path.expanduser(dataset)))
-    parts = [closed / split for split in ("train", "val", "test")]
     for ood_type in dict.fromkeys(ood_types):
         name, overlaps = ood_type, ood_type == dataset
         if ood_type not in known:
             folder = Path(os.path.realpath(os.path.expanduser(ood_type)))
             name = "".join(c if c.isprintable() else "?" for c in ood_data.path_name(folder))
-            if dataset not in ood_data.CLOSED_SETS:
-                within = any(folder.is_relative_to(part) for part in parts)
-                overlaps = within or closed.is_relative_to(folder)
+            parts = [closed / split for split in ("train", "val", "test")]
+            within = closed.is_relative_to(folder) or any(map(folder.is_relative_to, parts))
+            overlaps = dataset not in ood_data.CLOSED_SETS and within
         if overlaps:
             raise InputError(f"OOD type {ood_type} is, or holds, the closed set: leave it out.")
         if name in (*names, *RESERVED) or (name in known and name != ood_type):
@@ -197,56 +197,33 @@ def load_run(path, loaders):
 # Score and measure ----------------------------------------------------------------------
 
 
-def evaluate_run(path, conditions, loaders):
-    """Return what the JSON and the .npz hold of a checkpoint."""
-    model, log = load_run(path, loaders)
+def describe_run(path, model, log):
+    """What the JSON holds of a checkpoint, and of its training as far as there is a log."""
     weights = hashlib.sha256()
     for value in model.state_dict().values():
         weights.update(value.cpu().contiguous().numpy())
-    checkpoint = {"path": str(path), "weights": weights.hexdigest()[:16]}
-    scores, predictions = score_sets(model, loaders, path)
-    labels = loaders[CLOSED].labels.cpu().numpy()
-    figures = measure(scores, predictions, labels)
-    sets = {name: describe_set(name, loaders[name], predictions[name]) for name in loaders}
-    check_error_rate(path, figures["error_rate"], log, sets[CLOSED])
-    evaluation = {"checkpoint": checkpoint, "training": summarise(log), **conditions}
-    return evaluation | {"sets": sets} | figures, pack(scores, predictions, loaders)
-
-
-def describe_set(name, loader, predictions):
-    """What the JSON holds of a set beside its rows."""
-    kind = "noise" if name in ood_data.NOISES else "images"
-    effective, largest = ood_utils.predicted_classes(predictions)
-    found = {"kind": kind, "images": len(loader.images), "digest": ood_data.digest(loader)}
-    return found | {"effective_classes": effective, "largest_share": 100 * largest}
-
-
-def check_error_rate(path, error_rate, log, closed):
-    """Raise InputError where the log says another error rate on these images."""
-    if not log or log.get("tested_on") != closed["digest"]:
-        return
-    *_, accuracy = find_accuracies(log)
-    logged = 100 * (1 - accuracy)
-    if abs(error_rate - logged) > max(0.5, 200 / closed["images"]):
-        raise InputError(
-            f"{path} has an error rate of {error_rate:.2f}, but {logged:.2f} by its log: evaluate "
-            "it with the code that trained it."
-        )
-
-
-def find_accuracies(log):
-    return [value for epoch in log["epochs"] for key, value in epoch.items() if "accuracy" in key]
-
-
-def summarise(log):
-    """What the JSON holds of a run's log; None without one."""
+    run = {"checkpoint": {"path": str(path), "weights": weights.hexdigest()[:16]}}
     if not log:
-        return None
+        return run | {"training": None}
     settings = train.trained_with(log)
-    kept = {name: settings.pop(name) for name in ("seed", "data", "code")}
-    kept |= {"settings": settings, "epochs_done": len(log["epochs"])}
-    kept["accuracy"] = find_accuracies(log)
-    return kept | {name: log.get(name) for name in ("sources", "device", "versions")}
+    training = {name: settings.pop(name) for name in ("seed", "data", "code")}
+    training |= {"settings": settings, "epochs_done": len(log["epochs"])}
+    split = "validation" if settings["validation"] else "test"
+    training["accuracy"] = [epoch[f"{split}_accuracy"] for epoch in log["epochs"]]
+    kept = ("tested_on", "sources", "device", "versions")
+    return run | {"training": training | {name: log.get(name) for name in kept}}
+
+
+def check_error_rate(evaluation):
+    """Raise InputError where the log says another error rate on these images."""
+    training, closed = evaluation["training"], evaluation["sets"][CLOSED]
+    if not training or training["tested_on"] != closed["digest"]:
+        return
+    error_rate, logged = evaluation["error_rate"], 100 * (1 - training["accuracy"][-1])
+    if abs(error_rate - logged) > max(0.5, 200 / closed["images"]):
+        rates = f"an error rate of {error_rate:.2f}, but {logged:.2f} by its log"
+        path = evaluation["checkpoint"]["path"]
+        raise InputError(f"{path} has {rates}: evaluate it with the code that trained it.")
 
 
 def score_sets(model, loaders, path=None):
@@ -273,19 +250,25 @@ def compare_groups(pos, neg):
     return row
 
 
-def measure(scores, predictions, labels):
-    """Return a network's figures; labels: of the closed set, (N,)."""
-    correct = predictions[CLOSED] == labels
+def measure(scores, predictions, loaders):
+    """Return the figures of a network, and what the JSON holds of each set beside its rows."""
+    correct = predictions[CLOSED] == loaders[CLOSED].labels.cpu().numpy()
     figures = {"error_rate": 100 * (1 - correct.mean()), "threshold": {}, "aurc": {}, "augrc": {}}
-    figures["rows"] = []
+    figures |= {"sets": {}, "rows": []}
+    for name, loader in loaders.items():
+        kind = "noise" if name in ood_data.NOISES else "images"
+        effective, largest = ood_utils.predicted_classes(predictions[name])
+        of_set = {"kind": kind, "images": len(loader.images), "digest": ood_data.digest(loader)}
+        of_set |= {"effective_classes": effective, "largest_share": 100 * largest}
+        figures["sets"][name] = of_set
     for column, score in enumerate(SCORES):
         closed = scores[CLOSED][:, column]
         figures["threshold"][score] = ood_utils.get_threshold(closed)
         aurc, augrc = ood_utils.get_risks(closed, correct)
         figures["aurc"][score], figures["augrc"][score] = 100 * aurc, 100 * augrc
-        pairs = {SPLIT: (closed[correct], closed[~correct])}
-        ood_sets = [name for name in scores if name != CLOSED]
-        pairs |= {name: (closed, scores[name][:, column]) for name in ood_sets}
+        pairs = {name: (closed, scores[name][:, column]) for name in scores}
+        pairs = {SPLIT: (closed[correct], closed[~correct])} | pairs
+        del pairs[CLOSED]
         for name, pair in pairs.items():
             figures["rows"].append({"set": name, "score": score} | compare_groups(*pair))
     return figures

@@ -54,7 +54,6 @@ def ask(config):
     orders = {BEFORE: None, "order 0": np.arange(len(images))}
     for seed in range(1, ORDERS):
         orders[f"order {seed}"] = np.random.default_rng(seed).permutation(len(images))
-    labels = loaders[evaluation.CLOSED].labels.cpu().numpy()
     results["config"]["score"] = config.score
     results["rows"] = []
     for path in paths:
@@ -63,7 +62,8 @@ def ask(config):
             model = copy.deepcopy(network)
             if order is not None:
                 published_test_pass(model, images, order)
-            figures = evaluation.measure(*evaluation.score_sets(model, loaders), labels)
+            scores, predictions = evaluation.score_sets(model, loaders)
+            figures = evaluation.measure(scores, predictions, loaders)
             of_pass = {"checkpoint": str(path), "test_pass": name}
             of_pass["error_rate"] = figures["error_rate"]
             results["rows"] += [of_pass | row for row in figures["rows"]]

@@ -187,7 +187,8 @@ def test_a_windows_path_in_a_log_is_the_same_folder(in_tiny_run):
     torch.save(state, "cut.resume.pth")
     train_quietly("pets", "cut.pth", resume=True)
     assert same_bits("cut.pth", "whole.pth")
-    assert evaluation.summarise(state["log"])["settings"]["dataset"] == "pets"
+    run = evaluation.describe_run("", torch.nn.Linear(1, 1), state["log"])
+    assert run["training"]["settings"]["dataset"] == "pets"
 
 
 # Checkpoints and logs -------------------------------------------------------------------

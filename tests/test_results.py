@@ -46,8 +46,14 @@ def test_the_figures_are_of_these_weights():
 
 def test_every_figure_follows_from_the_raw_scores(monkeypatch):
     monkeypatch.setattr(evaluation, "SCORES", dict.fromkeys(STORED_SCORES))
-    figures = evaluation.measure(arrays_of("scores"), arrays_of("predictions"), ARRAYS["labels"])
+    photos = ood_data.build_ood_loader("photos", 10)  # stands for sets that need a download
+    loaders = dict.fromkeys(arrays_of("scores"), photos)
+    photos.labels = torch.from_numpy(ARRAYS["labels"])
+    figures = evaluation.measure(arrays_of("scores"), arrays_of("predictions"), loaders)
     rows, stored_rows = figures.pop("rows"), FIVE[0]["rows"]
+    for name, of_set in figures.pop("sets").items():
+        for figure in ("effective_classes", "largest_share"):
+            assert FIVE[0]["sets"][name][figure] == pytest.approx(of_set[figure], abs=1e-9)
     for found, stored in zip((figures, *rows), (FIVE[0], *stored_rows), strict=True):
         for name, value in found.items():
             assert stored[name] == pytest.approx(value, abs=1e-9), name
@@ -82,7 +88,8 @@ def test_every_file_has_the_contents_that_are_compared():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_evaluated_run_has_its_log(path):
     run, log = read(path.name), read(path.name.replace(".ood", ""))
-    assert run["training"] == evaluation.summarise(log)
+    described = evaluation.describe_run(path, torch.nn.Linear(1, 1), log)
+    assert run["training"] == described["training"]
     assert log["config"]["epochs"] == len(log["epochs"]) == run["training"]["epochs_done"]
     if "test_accuracy" in log["epochs"][-1]:
         error_rate = 100 * (1 - log["epochs"][-1]["test_accuracy"])
