@@ -2,7 +2,7 @@
 
 Image sets are uint8 (N, 3, 32, 32); the loader normalises them. Noises are float32 and
 enter the network as they are: in its input space -1 is about pixel 70 and +1 about 172.
-The idea is outlier-exposure's (github.com/hendrycks/outlier-exposure), which normalises
+outlier-exposure (github.com/hendrycks/outlier-exposure), whose idea they are, normalises
 differently (57 and 185), so its noise sets differ from these.
 
 To add an OOD set, write its function and a line in NOISES or OOD_IMAGES.
@@ -114,13 +114,14 @@ def read_class_folder(folder, split):
     classes = sorted({path_name(path) for path in paths})
     odd = sorted({path_name(path) for path in train_paths} ^ set(classes))
     if odd or not classes:
-        names = ", ".join(odd) or "a class at all"
+        names = ", ".join(odd) or "any class"
         raise InputError(f"{folder}: train/ and {split}/ do not both have {names}.")
-    labels, files = [], []
-    for path in sorted(paths, key=path_name):
-        of_class = find_images(path)
-        labels += [classes.index(path_name(path))] * len(of_class)
-        files += of_class
+    labelled = [
+        (classes.index(path_name(path)), file)
+        for path in sorted(paths, key=path_name)
+        for file in find_images(path)
+    ]
+    labels, files = zip(*labelled, strict=True)
     return decode_all(files), labels, classes
 
 
@@ -131,8 +132,7 @@ def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
     folder with val/, those instead. With train=False they take the place of the test images.
     Raises InputError for an unknown set, OSError for an unavailable one.
     """
-    folder = Path(os.path.expanduser(dataset))
-    cut = validation
+    folder, cut = Path(os.path.expanduser(dataset)), validation
     if dataset in CLOSED_SETS:
         images, labels, classes = CLOSED_SETS[dataset](data_root, train or validation > 0)
     elif folder.is_dir():
@@ -194,25 +194,16 @@ OOD_IMAGES = {
 OOD_SET_NAMES = f"{', '.join([*NOISES, *OOD_IMAGES])}, or a folder of images"
 
 
-def build_ood_loader(
-    noise_type,
-    ood_num_examples,
-    batch_size=EVAL_BATCH_SIZE,
-    seed=NOISE_SEED,
-    data_root=DATA_ROOT,
-    device="cpu",
-):
+def build_ood_loader(noise_type, ood_num_examples, seed=NOISE_SEED, data_root=DATA_ROOT, **options):
     """Return an ImageLoader over the first images of an OOD set, or all if there are fewer.
 
     noise_type: in NOISES or OOD_IMAGES, or a folder of images, which are taken in a fixed
     order. Batches are float32 (B, 3, 32, 32) in the network's input space, with labels -1. A
-    noise is a function of (seed, name) only. Raises InputError for an unknown set, or for
-    numbers below 1; OSError for an unavailable set.
+    noise is a function of (seed, name) only. options: batch_size and device of ImageLoader.
+    Raises InputError for an unknown set, OSError for an unavailable one.
     """
-    name, count, files = str(noise_type), ood_num_examples, None
+    name, count = str(noise_type), ood_num_examples
     folder = Path(os.path.expanduser(name))
-    if min(count, batch_size) < 1:
-        raise InputError("The number of images and the batch size must be at least 1.")
     if name in NOISES:
         rng = np.random.default_rng((seed, *name.encode()))
         images = torch.as_tensor(NOISES[name](rng, count))
@@ -223,13 +214,12 @@ def build_ood_loader(
         paths = find_images(folder)
         paths = [paths[i] for i in fixed_order(len(paths))[:count]]
         images = decode_all(paths)
-        files = [str(path.relative_to(folder)) for path in paths]
+        options["files"] = [str(path.relative_to(folder)) for path in paths]
     else:
         raise InputError(f"Unknown OOD type {name!r}: use {OOD_SET_NAMES}.")
     check_images(images, name, images.dtype if name in NOISES else torch.uint8)
     images = images[:count]
-    labels = torch.full((len(images),), -1)
-    return ImageLoader(images, labels, batch_size=batch_size, device=device, files=files)
+    return ImageLoader(images, torch.full((len(images),), -1), **options)
 
 
 # Batches --------------------------------------------------------------------------------
@@ -321,14 +311,14 @@ def digest(loader):
 
 def path_name(path):
     """The last part of a path of any system, in composed letters: a Mac writes them apart."""
-    *_, name = str(path).replace("\\", "/").rstrip("/").split("/")
+    name = os.path.basename(str(path).replace("\\", "/").rstrip("/"))
     return unicodedata.normalize("NFC", name)
 
 
 def is_shown(path):
     """False for hidden entries and for folders that are named like an image."""
-    is_album = path.suffix.lower() in IMG_EXTENSIONS and path.is_dir()
-    return not path.name.startswith(".") and not is_album
+    album = path.suffix.lower() in IMG_EXTENSIONS and path.is_dir()
+    return not path.name.startswith(".") and not album
 
 
 def find_images(folder):
@@ -380,8 +370,8 @@ def decode_all(paths):
             return str(error)
 
     with ThreadPoolExecutor() as pool:
-        images = tqdm(pool.map(attempt, paths), "decoding", len(paths), delay=1, disable=None)
-        images = list(images)
+        images = pool.map(attempt, paths)
+        images = list(tqdm(images, "decoding", len(paths), delay=1, disable=None))
     bad = [text for text in images if isinstance(text, str)]
     if bad:
         raise InputError(f"Fix or remove {len(bad)} files: {', '.join(bad[:3])}.")

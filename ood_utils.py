@@ -31,7 +31,6 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, BeforeValidator(lambda name: str(name) if isinstance(name, Path) else name)]
 UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 
-
 # What file systems without locks or fsync answer: NFS, CIFS, FUSE.
 NO_SUPPORT = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -76,10 +75,9 @@ SCORES = {"msp": msp, "max_logit": max_logit, "energy": energy, "entropy": entro
 def get_ood_scores(model, dataloader, closed_set=False, score=msp):
     """Score every image, float64 (N,): higher means more in-distribution.
 
-    score: a function of logits float64 (N, classes). With closed_set=True return (scores,
-    right, wrong): all scores, those of correctly classified images, and those of
-    misclassified ones. The softmax is taken in float64: in float32 it is exactly 1.0 from a
-    logit margin of about 21 on, which creates ties.
+    score: a function of logits float64 (N, classes); in float32 a softmax is exactly 1.0 from
+    a logit margin of about 21 on, which creates ties. With closed_set=True return (scores,
+    right, wrong): of all, of correctly classified and of misclassified images.
     """
     logits, labels = get_logits(model, dataloader)
     scores = score(logits.double()).numpy()
@@ -108,19 +106,16 @@ def get_logits(model, dataloader):
             images = images.to(parameter.device, parameter.dtype)
             logits.append(model(images).float().cpu())
             labels.append(torch.as_tensor(targets).cpu())
-    if not logits:
-        raise InputError("The data loader yields no batch.")
     if not normalised:
-        raise InputError("The images are not normalised: see ood_data.normalise.")
+        raise InputError("No batch, or images that are not normalised: see ood_data.normalise.")
     return torch.cat(logits), torch.cat(labels)
 
 
 @contextlib.contextmanager
 def full_precision(device):
     """Full float32, without autocast, TF32 or bfloat16: they shift scores."""
-    backends = torch.backends
-    operators = (backends.cudnn.conv, backends.cuda.matmul)
-    operators += (backends.mkldnn.conv, backends.mkldnn.matmul)
+    operators = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
+    operators += [torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul]
     before = [operator.fp32_precision for operator in operators]
     try:
         for operator in operators:
@@ -135,10 +130,8 @@ def full_precision(device):
 def get_features(model, dataloader):
     """Return what enters the last Linear layer, float32 (N, features), on the CPU."""
     features = []
-    hook = last_layer(model).register_forward_pre_hook(
-        lambda _, inputs: features.append(inputs[0].cpu())
-    )
-    with hook:  # removes it
+    keep = last_layer(model).register_forward_pre_hook(lambda _, x: features.append(x[0].cpu()))
+    with keep:  # and remove the hook
         get_logits(model, dataloader)
     return torch.cat(features)
 
@@ -155,7 +148,7 @@ def last_layer(model):
 
 
 def as_scores(scores):
-    """An array, tensor or list as float64 (N,), or raise InputError, a ValueError."""
+    """Numbers as float64 (N,), or InputError, a ValueError."""
     if torch.is_tensor(scores):
         scores = scores.detach().cpu().double()
     masked = np.ma.is_masked(scores)
@@ -175,20 +168,16 @@ def get_performance(pos, neg):
     """Return (AUROC, AUPR, FPR95), fractions, for scores (N,) and (M,) of two classes.
 
     Higher must mean positive. With OOD as the positive class: get_performance(-ood, -closed).
-    AUROC: roc_auc_score. AUPR: average_precision_score, whose chance level is N / (N + M).
-    FPR95: the false positive rate at the first threshold whose true positive rate is at
-    least 0.95, no interpolation. Raises ValueError for no scores, or some not finite.
+    AUPR is average precision, whose chance level is N / (N + M). FPR95 is the false positive
+    rate at the first threshold whose true positive rate is at least 0.95, no interpolation.
+    Raises InputError, a ValueError, for no scores, or some not finite.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score  # slow to import
 
-    pos = as_scores(pos)
-    neg = as_scores(neg)
-    is_pos = np.repeat([1, 0], [len(pos), len(neg)])
-    scores = np.concatenate([pos, neg])
-    auroc = roc_auc_score(is_pos, scores)
-    aupr = average_precision_score(is_pos, scores)
+    pos, neg = as_scores(pos), as_scores(neg)
+    both = np.repeat([1, 0], [len(pos), len(neg)]), np.concatenate([pos, neg])
     fpr95 = np.mean(neg >= get_threshold(pos))
-    return float(auroc), float(aupr), float(fpr95)
+    return float(roc_auc_score(*both)), float(average_precision_score(*both)), float(fpr95)
 
 
 def show_performance(pos, neg):
@@ -320,8 +309,7 @@ def describe(device):
 def run_command(entry, config_class, if_interrupted="interrupted"):
     """Call entry(config) with the settings of the command line and return its result.
 
-    An error that the user can fix ends in one line on stderr and exit status 2, an
-    interruption in status 130.
+    Errors that the user can fix end in one line and status 2, an interruption in status 130.
     """
     try:
         return entry(tyro.cli(config_class))

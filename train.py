@@ -393,16 +393,14 @@ def read_run(path):
         raise InputError(f"No checkpoint at {path}: run `python train.py`, or pass --checkpoint.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        names = ", ".join(map(str, state.keys()))
     except Exception as error:
-        raise InputError(f"{path} is damaged, or holds code, not a state dict.") from error
-    if not isinstance(state, dict):
-        raise InputError(f"{path} holds a {type(state).__name__}, no state dict.")
+        raise InputError(f"{path} is damaged, or no state dict of plain tensors.") from error
     if {"log", "model", "optimizer"} <= state.keys():
         return state
     for entry in ("state_dict", "model", "model_state_dict", "net"):
         if isinstance(state.get(entry), dict):
-            entries = ", ".join(map(str, state))
-            print(f"note: of {entries} in {path}, {entry} is taken", file=sys.stderr)
+            print(f"note: of {names} in {path}, {entry} is taken", file=sys.stderr)
             state = state[entry]
     return {"log": read_log(path), "model": state}
 
@@ -446,23 +444,23 @@ def trained_with(log):
 
 def find_run(path):
     """The finished or unfinished run that --resume continues, or None."""
-    files = [file for file in (path, path.with_suffix(".resume.pth")) if file.exists()]
-    run = read_run(files[0]) if files else None
-    if run and not run["log"]:
-        raise InputError(f"{path} has no log: pass another --checkpoint, or omit --resume.")
-    return run
+    for file in (path, path.with_suffix(".resume.pth")):
+        if file.exists():
+            run = read_run(file)
+            if not run["log"]:
+                raise InputError(f"{file} has no log: omit --resume, or pass another --checkpoint.")
+            return run
+    return None
 
 
 def resume(path, run, log, model, optimizer):
     """Load a run into log, model and optimizer, or raise InputError if it is another one."""
     old, new = trained_with(run["log"]), trained_with(log)
-    changed = [name for name in old | new if old.get(name) != new.get(name)]
-    if changed:
-        texts = [f"{name} {old.get(name)} -> {new.get(name)}"[:99] for name in changed]
-        texts = ", ".join(texts)
-        raise InputError(
-            f"{path} is another run ({texts}): omit --resume, or pass another --checkpoint."
-        )
+    names = [name for name in old | new if old.get(name) != new.get(name)]
+    texts = [f"{name} {old.get(name)} -> {new.get(name)}"[:99] for name in names]
+    if texts:
+        changed = ", ".join(texts)
+        raise InputError(f"{path} is another run ({changed}): pass another --checkpoint.")
     model.load_state_dict(run["model"])
     log["epochs"] = run["log"]["epochs"]
     if run["log"]["device"] != log["device"]:

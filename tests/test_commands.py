@@ -259,7 +259,7 @@ BAD = [
     ("test.py", "--dataset digits --ood-types fog --checkpoint {f}/ten.pth", "OOD type 'fog'"),
     ("test.py", "--dataset cifar10 --ood-types cifar10 --checkpoint {f}/ten.pth", "the closed set"),
     ("test.py", "--dataset digits --checkpoint {f}/ten.pth --ood-types {f}/a/x {f}/b/x", "'x'"),
-    ("test.py", "--dataset digits --checkpoint {f}/code.pth", "code.pth is damaged, or holds code"),
+    ("test.py", "--dataset digits --checkpoint {f}/code.pth", "code.pth is damaged, or no state"),
     ("test.py", "--dataset digits --checkpoint {f}/two.pth", "trained on 2 classes, not on these"),
     ("test.py", "--checkpoint {f}/ten.pth", "no log and 10 classes: pass --dataset"),
 ]  # fmt: skip

@@ -252,7 +252,7 @@ def test_what_does_not_fit_is_told_in_one_short_line(in_tiny_run):
         (state | {first: state[first].to("meta")}, "does not fit"),
         (state | {first: state[first].to_sparse()}, "does not fit"),
         ({number: value for number, value in enumerate(state.values())}, "does not fit"),
-        ([1, 2], "holds a list"),
+        ([1, 2], "no state dict"),
         ({}, "does not fit"),
     ):
         torch.save(content, "m.pth")

@@ -137,7 +137,7 @@ def test_get_ood_scores_is_float64_in_eval_mode_without_tf32():
         assert scores.tolist() == get_ood_scores(model, loader).tolist() == expected
         assert right.tolist() == expected[:2] and wrong.tolist() == expected[2:]
     assert set(runs) == {(False, "ieee")} and convolutions.fp32_precision == before
-    with pytest.raises(ValueError, match="no batch"):
+    with pytest.raises(ValueError, match="No batch"):
         get_ood_scores(model, [])
 
 
