@@ -124,11 +124,12 @@ def load_sets(config, path):
     path: of a checkpoint, whose log names the closed set. An unavailable OOD set is listed
     under "skipped". Raises InputError for a mistake.
     """
-    run = train.read_run(path)
-    *_, bias = run["model"].values()
-    if not (run["log"] or config.dataset) and len(bias) != 100:
-        raise InputError(f"{path} has no log and {len(bias)} classes: pass --dataset.")
-    trained_on = run["log"]["config"] if run["log"] else asdict(train.Config())
+    log = train.read_run(path)["log"]
+    if not (log or config.dataset):
+        classes = ood_utils.last_layer(train.load_network(path)).out_features
+        if classes != 100:
+            raise InputError(f"{path} has no log and {classes} classes: pass --dataset.")
+    trained_on = log["config"] if log else asdict(train.Config())
     dataset = config.dataset or trained_on["dataset"]
     held_out = trained_on["validation"] if config.split == "validation" else 0
     if config.split == "validation" and not held_out:
@@ -298,7 +299,7 @@ def print_report(evaluation, score):
         of_set = evaluation["sets"].get(name, {})
         counts = (row["negatives"], of_set.get("effective_classes"))
         table.append([name.replace("|", "\\|"), *(row[metric] for metric in METRICS), *counts])
-    headers = (score, *METRICS.values(), "images", "effective classes")
+    headers = (score, *METRICS.values(), "negatives", "effective classes")
     print()
     print(tabulate(table, headers, "pipe", floatfmt=".2f", missingval="n/a"), flush=True)
 

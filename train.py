@@ -56,7 +56,7 @@ class Config:
     epochs: Size = 100  # passes over the training images
     batch_size: Size = 128  # images per step
     lr: PositiveFloat = 0.1  # initial learning rate
-    momentum: NonNegativeFloat = 0.9
+    momentum: Fraction = 0.9
     weight_decay: NonNegativeFloat = 1e-4
     label_smoothing: Fraction = 0.0  # share of the target spread over all classes
     schedule: Literal["steps", "cosine"] = "steps"  # how the learning rate falls
@@ -126,8 +126,14 @@ def get_loader(train=True, dataset=Config.dataset, augment=True, validation=0, *
 def build_network(num_classes=100, stem=Config.stem):
     """Return a network: images float32 (N, 3, 32, 32) -> logits (N, num_classes).
 
-    Build another network here; its last nn.Linear must give the logits.
+    Return another one here, such as mobilenet_v3_small(num_classes=num_classes); its last
+    nn.Linear must give the logits.
     """
+    return build_resnet18(num_classes, stem)
+
+
+def build_resnet18(num_classes, stem):
+    """torchvision's resnet18, with its stem for photographs or a 3x3 one for small images."""
     model = resnet18(num_classes=num_classes)
     if stem == "cifar":  # feature maps four times as wide
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -139,7 +145,8 @@ def build_network(num_classes=100, stem=Config.stem):
     return model
 
 
-# Convolutions that meet maps of 2x2 and 1x1: the rows and columns of their kernels that see one.
+# With the stem for photographs, these convolutions get maps of 2x2 or 1x1: which rows, and
+# columns, of their kernels ever meet a pixel.
 SMALL_MAPS = dict.fromkeys(("layer3.0.conv2", "layer3.1.conv1", "layer3.1.conv2"), slice(0, 3))
 SMALL_MAPS |= {"layer4.0.conv1": slice(1, 3), "layer4.0.conv2": slice(1, 2)}
 SMALL_MAPS |= {"layer4.1.conv1": slice(1, 2), "layer4.1.conv2": slice(1, 2)}
@@ -185,11 +192,11 @@ def load_network(path):
     state = {name: value for name, value in run["model"].items() if torch.is_tensor(value)}
     for prefix in ("module.", "_orig_mod.", "module."):  # DataParallel, torch.compile
         state = {str(name).removeprefix(prefix): value for name, value in state.items()}
-    first = state.get("conv1.weight", torch.ones(7))
-    stem = "cifar" if first.shape[-1:] == (3,) else "imagenet"
-    stem = run["log"]["config"]["stem"] if run["log"] else stem
-    *_, bias = build_network(1, stem).state_dict()
-    model = build_network(state.get(bias, torch.ones(1)).numel(), stem).float()
+    stem = "cifar" if find_size(state, "conv1.weight", -1) == 3 else "imagenet"
+    if run["log"]:
+        stem = run["log"]["config"]["stem"]
+    *_, last = build_network(1, stem).state_dict()
+    model = build_network(find_size(state, last, 0) or 1, stem).float()
     try:
         model.load_state_dict(state)
     except Exception as error:
@@ -200,6 +207,11 @@ def load_network(path):
         if not same_kind or not value.isfinite().all():
             raise InputError(f"{path}: {name} is not finite, or of another type.")
     return model.eval()
+
+
+def find_size(state, name, axis):
+    """A size of a tensor of a state dict, or None."""
+    return state[name].shape[axis] if name in state and state[name].ndim else None
 
 
 # Training -------------------------------------------------------------------------------
@@ -500,49 +512,52 @@ def to_bytes(state):
 def read_sources(script):
     """{name: text} of a script and of every file beside it that it imports, directly or not."""
     sources, modules = {}, [script.stem]
-    for module in modules:  # grows
+    for module in modules:  # which grows
         name = f"{module.replace('.', '/')}.py"
         if name in sources or not (script.parent / name).is_file():
             continue
         with tokenize.open(script.parent / name) as file:
             sources[name] = file.read()
         for node in ast.walk(ast.parse(sources[name])):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-                found = [prefix.strip("."), *(prefix + alias.name for alias in node.names)]
-                modules += [*found, *(f"{module}.__init__" for module in found)]
+            names = [alias.name for alias in getattr(node, "names", [])]
+            if isinstance(node, ast.ImportFrom):
+                package = module.split(".")[: -node.level] if node.level else []
+                origin = ".".join([*package, node.module or ""]).rstrip(".")
+                names = [origin, *(f"{origin}.{name}" for name in names)]
+            modules += [*names, *(f"{name}.__init__" for name in names)]
     return sources
 
 
 def digest_code(sources):
     """8 hex digits of {name: text}, without comments, docstrings and the values of Config.
 
-    ood_data.py and ood_utils.py are left out: what training takes from them is in the digest
-    of the data.
+    ood_data.py and ood_utils.py are left out, so that an added OOD set or score parts no
+    seeds; the data have a digest of their own.
     """
     digest = hashlib.sha256()
     for name in sorted(sources.keys() - {"ood_data.py", "ood_utils.py"}):
-        digest.update(repr(simplify(ast.parse(sources[name]))).encode())
+        tree = ast.parse(sources[name])
+        for node in tree.body if name == "train.py" else ():
+            if isinstance(node, ast.ClassDef) and node.name == "Config":
+                node.body = [getattr(part, "target", part) for part in node.body]
+        digest.update(repr(simplify(tree)).encode())
     return digest.hexdigest()[:8]
 
 
-def simplify(node, in_config=False):
-    """A syntax tree as lists, without docstrings, Config's values and empty fields.
+def simplify(node):
+    """A syntax tree as lists, without docstrings, and without the fields that are empty.
 
-    Python versions differ in the empty fields.
+    These differ between versions of Python.
     """
     if isinstance(node, list):
-        return [simplify(part, in_config) for part in node if not is_text(part)]
-    if not isinstance(node, ast.AST):
-        return ascii(node)
-    if in_config and isinstance(node, ast.AnnAssign):
-        return simplify(node.target)
-    in_config = getattr(node, "name", "") == "Config"
-    fields = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
-    return [type(node).__name__, [(name, simplify(value, in_config)) for name, value in fields]]
+        return [simplify(part) for part in node if not is_docstring(part)]
+    if isinstance(node, ast.AST):
+        fields = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return [type(node).__name__, [(name, simplify(value)) for name, value in fields]]
+    return ascii(node)
 
 
-def is_text(node):
+def is_docstring(node):
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 

@@ -31,11 +31,12 @@ METRICS = {
     "aupr_out": "AUPR, OOD positive",
     "fpr95_out": "FPR95, OOD positive",
 }
-AGED = ("data",)  # what logs older than it lack without being of another setting
+AGED = ("data",)  # entries that older logs lack: not compared where one is missing
 DIFF_LINES = 40  # at most, of two codes
 
-NOTE = """In brackets, the 95% interval (Welch's) of the mean difference over training seeds, on
-these test images. *: significant at 5% after Holm's correction over all rows of the table."""
+NOTE = """In brackets, the 95% interval (Welch's, unpaired) of the mean difference over training
+seeds, on these test images. *: significant at 5% after Holm's correction over all differences
+of the table."""
 NOTE_ONE = """No interval and no star for a single run, or where nothing varies. In parentheses, the
 range of the runs on the other side."""
 
@@ -50,6 +51,8 @@ class Config:
 
 def main(config):
     files = [Path(one) for file in config.files for one in sorted(glob.glob(str(file))) or [file]]
+    if not files:
+        fail("Pass the .ood.json files of runs.")
     runs = [read(file, config.score) for file in files]
     check_contents(runs)
     name_groups(runs, config.ignore_code)
@@ -82,6 +85,7 @@ def read(file, score):
         if not all(0 <= figure <= 100 for figure in figures):
             raise ValueError("a figure is no percentage")
         known = {"file": str(file), "table": rows, "weights": run["checkpoint"]["weights"]}
+        known |= {name: run[name] for name in ("sets", "scores", "training")}
     except OSError as error:
         fail(error)
     except (ValueError, LookupError, TypeError) as error:
@@ -186,7 +190,7 @@ def get_figures(runs, score, metric="auroc"):
     figures = pd.DataFrame([line[names] for line in lines], [run["file"] for run in runs])
     for kind, title in (("noise", "mean of noises"), ("images", "mean of image sets")):
         of_kind = [name for name in names if runs[0]["sets"].get(name, {}).get("kind") == kind]
-        if of_kind:
+        if len(of_kind) > 1:
             figures[title] = figures[of_kind].mean(axis=1, skipna=False)
     return figures
 
@@ -209,8 +213,9 @@ def print_group(name, runs, score):
 def diff_codes(base, run):
     """The lines of a unified diff of the codes of two runs; none where one is unknown."""
     old, new = (one["log"].get("sources") or {} for one in (base, run))
+    names = sorted({*old, *new} - {"ood_data.py", "ood_utils.py"}) if old and new else ()
     lines = []
-    for name in sorted({*old, *new}) if old and new else ():
+    for name in names:
         texts = old.get(name, "").splitlines(), new.get(name, "").splitlines()
         lines += difflib.unified_diff(*texts, name, name, lineterm="", n=1)
     return lines
@@ -219,7 +224,7 @@ def diff_codes(base, run):
 def first_change(base, run):
     """The first line that another code has instead, or the digest of the code."""
     lines = [line[1:].strip() for line in diff_codes(base, run) if line.startswith("+")]
-    lines = [line for line in lines if line and not line.startswith("++")]
+    lines = [line for line in lines if line and not line.startswith(("++", "#", '"""'))]
     return f"`{lines[0][:40]}`" if lines else run["log"].get("code") or "unknown"
 
 
