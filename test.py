@@ -75,7 +75,7 @@ def evaluate(config=None):
     evaluations = []
     for path in paths:
         try:
-            model, log = load_run(path, loaders)
+            model, log = load_run(path, loaders, conditions["config"])
             scores, predictions = score_sets(model, loaders, path)
             evaluation = describe_run(path, model, log) | conditions
             evaluation |= measure(scores, predictions, loaders)
@@ -87,6 +87,7 @@ def evaluate(config=None):
             evaluations.append(None)
             continue
         evaluations.append(evaluation)
+        print(f"checkpoint: {path}", file=sys.stderr)
         try:
             print_report(evaluation, config.score)
         finally:  # also if nobody reads the report
@@ -103,7 +104,10 @@ def find_checkpoints(config):
     dataset = config.dataset or train.Config.dataset
     default = train.checkpoint_path(train.Config.checkpoint, dataset, train.Config.seed)
     given = config.checkpoint or (default,)
-    paths = [Path(one) for path in given for one in sorted(glob.glob(str(path))) or [path]]
+    paths = []
+    for path in given:  # perhaps a pattern, where no shell expands it
+        found = [] if path.exists() else sorted(glob.glob(str(path)))
+        paths += [Path(one) for one in found or [path]]
     for folder in {output_path(config, path).parent for path in paths}:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK) or (folder.resolve() == RESULTS and not config.output):
@@ -179,20 +183,33 @@ def digest_score(score):
     return hashlib.sha256(" ".join(f"{value:.6g}" for value in values).encode()).hexdigest()[:8]
 
 
-def load_run(path, loaders):
-    """Return a network on the device and its log, or InputError if it is for other images."""
+def load_run(path, loaders, asked):
+    """Return a network on the device and its log, or InputError if it is for other images.
+
+    asked: the "config" of the conditions.
+    """
     log, closed = train.read_run(path)["log"], loaders[CLOSED]
-    model = train.load_network(path)
+    model = train.load_network(path).to(closed.images.device)
     outputs = ood_utils.last_layer(model).out_features
     if outputs != len(closed.classes) or (log and log["classes"] != closed.classes):
         raise InputError(f"{path} was trained on {outputs} classes, not on these: pass --dataset.")
+    if not log:
+        return model, log
     mean_and_std = [list(ood_data.MEAN), list(ood_data.STD)]
-    if log and [log["config"]["mean"], log["config"]["std"]] != mean_and_std:
+    if [log["config"]["mean"], log["config"]["std"]] != mean_and_std:
         raise InputError(f"{path} was trained with another MEAN and STD than ood_data.py has.")
-    if log and len(log["epochs"]) < log["config"]["epochs"]:
-        done = f"{len(log['epochs'])} of {log['config']['epochs']} epochs"
-        print(f"note: {path} is an unfinished run, {done}", file=sys.stderr)
-    return model.to(closed.images.device), log
+    if asked["split"] == "validation" and log["tested_on"] != ood_data.digest(closed):
+        raise InputError(f"{path} did not hold out these validation images.")
+    notes = []
+    if len(log["epochs"]) < log["config"]["epochs"]:
+        notes.append(f"unfinished, {len(log['epochs'])} of {log['config']['epochs']} epochs")
+    if log["config"]["dataset"] != asked["dataset"]:
+        notes.append(f"trained on {log['config']['dataset']}")
+    if log["code"] not in (None, train.digest_code(train.SOURCES)):
+        notes.append("trained with other code than train.py has now")
+    if notes:
+        print(f"note: {path} is {', '.join(notes)}", file=sys.stderr)
+    return model, log
 
 
 # Score and measure ----------------------------------------------------------------------
@@ -203,7 +220,7 @@ def describe_run(path, model, log):
     weights = hashlib.sha256()
     for value in model.state_dict().values():
         weights.update(value.cpu().contiguous().numpy())
-    run = {"checkpoint": {"path": str(path), "weights": weights.hexdigest()[:16]}}
+    run = {"checkpoint": {"path": path.name, "weights": weights.hexdigest()[:16]}}
     if not log:
         return run | {"training": None}
     settings = train.trained_with(log)
@@ -281,7 +298,6 @@ def measure(scores, predictions, loaders):
 def print_report(evaluation, score):
     """The published report, in-distribution or correctly classified as positive, and a table."""
     rows = {row["set"]: row for row in evaluation["rows"] if row["score"] == score}
-    print(f"checkpoint: {evaluation['checkpoint']['path']}", file=sys.stderr)
     print(f"Error Rate {evaluation['error_rate']:.4f}")
     table = []
     for name in (SPLIT, *evaluation["config"]["ood_types"]):

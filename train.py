@@ -189,14 +189,15 @@ class SmallMapConv(nn.Module):
 def load_network(path):
     """Return the network of X.pth or X.resume.pth, in eval mode on the CPU, or raise InputError."""
     run = read_run(path)
-    state = {name: value for name, value in run["model"].items() if torch.is_tensor(value)}
-    for prefix in ("module.", "_orig_mod.", "module."):  # DataParallel, torch.compile
-        state = {str(name).removeprefix(prefix): value for name, value in state.items()}
+    state = {str(name): value for name, value in run["model"].items() if torch.is_tensor(value)}
     stem = "cifar" if find_size(state, "conv1.weight", -1) == 3 else "imagenet"
-    if run["log"]:
-        stem = run["log"]["config"]["stem"]
-    *_, last = build_network(1, stem).state_dict()
-    model = build_network(find_size(state, last, 0) or 1, stem).float()
+    stem = run["log"]["config"]["stem"] if run["log"] else stem
+    expected = build_network(1, stem).state_dict()
+    for prefix in ("module.", "_orig_mod.", "module."):  # DataParallel, torch.compile
+        known = {name: name if name in expected else name.removeprefix(prefix) for name in state}
+        state = {known[name]: value for name, value in state.items()}
+    count = len(run["log"]["classes"]) if run["log"] else find_size(state, [*expected][-1], 0)
+    model = build_network(count or 1, stem).float()
     try:
         model.load_state_dict(state)
     except Exception as error:
@@ -337,12 +338,13 @@ def train_model(config=None):
         train_loader = get_loader(True, batch_size=config.batch_size, seed=config.seed, **data)
         loaders = train_loader, get_loader(False, **data)
         count = len(train_loader.images)
-        if 1 in (config.batch_size, count % config.batch_size):
+        if 1 in (config.batch_size, count % config.batch_size):  # batch norm needs two
             raise InputError(f"{count} images leave a batch of 1: change --batch-size.")
 
         set_seed(config.seed)
         model = build_network(len(train_loader.classes), config.stem).float()
-        ood_utils.last_layer(model)  # or InputError: get_features needs one
+        if ood_utils.last_layer(model).out_features != len(train_loader.classes):
+            raise InputError("The last nn.Linear of build_network must have num_classes outputs.")
         model.to(device, memory_format=memory_format(device))
         optimizer = build_optimizer(model, config)
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -351,7 +353,8 @@ def train_model(config=None):
             resume(path, run, log, model, optimizer)
         else:
             ood_utils.set_aside(path)
-        print(f"device: {log['device']}, {config.precision}", flush=True)
+        counts = " and ".join(f"{len(loader.images)} images" for loader in loaders)
+        print(f"device: {log['device']}, {config.precision}; {counts}", flush=True)
 
         saved = time.perf_counter()
         for epoch in range(len(log["epochs"]), config.epochs):
@@ -408,7 +411,7 @@ def read_run(path):
         names = ", ".join(map(str, state.keys()))
     except Exception as error:
         raise InputError(f"{path} is damaged, or no state dict of plain tensors.") from error
-    if {"log", "model", "optimizer"} <= state.keys():
+    if isinstance(state.get("log"), dict):
         return state
     for entry in ("state_dict", "model", "model_state_dict", "net"):
         if isinstance(state.get(entry), dict):
@@ -424,7 +427,7 @@ def read_log(path):
         return None
     try:
         log = json.loads(log_path.read_text(encoding="utf-8"))
-        digest = log["sha256"]
+        digest, _ = log["sha256"], log["classes"]
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{log_path} is damaged, or no log of train.py: move it.") from error
     if digest != hashlib.sha256(path.read_bytes()).hexdigest():
@@ -441,7 +444,8 @@ def start_log(config, device, loaders):
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     log = {"date": started, "command": shlex.join(sys.argv), "config": settings}
     data, tested_on = (ood_data.digest(loader) for loader in loaders)
-    log |= {"classes": loaders[0].classes, "data": data, "tested_on": tested_on}
+    log |= {"classes": loaders[0].classes, "images": len(loaders[0].images)}
+    log |= {"data": data, "tested_on": tested_on}
     log |= {"code": digest_code(SOURCES), "sources": SOURCES}
     return log | ood_utils.describe(device) | {"epochs": []}
 
@@ -513,13 +517,15 @@ def read_sources(script):
     """{name: text} of a script and of every file beside it that it imports, directly or not."""
     sources, modules = {}, [script.stem]
     for module in modules:  # which grows
+        parents = module.split(".")[:-1]
         name = f"{module.replace('.', '/')}.py"
         if name in sources or not (script.parent / name).is_file():
             continue
         with tokenize.open(script.parent / name) as file:
             sources[name] = file.read()
+        modules += [f"{'.'.join(parents[:n])}.__init__" for n in range(1, len(parents) + 1)]
         for node in ast.walk(ast.parse(sources[name])):
-            names = [alias.name for alias in getattr(node, "names", [])]
+            names = [alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")]
             if isinstance(node, ast.ImportFrom):
                 package = module.split(".")[: -node.level] if node.level else []
                 origin = ".".join([*package, node.module or ""]).rstrip(".")

@@ -14,6 +14,7 @@ import glob
 import json
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class Config:
 
 
 def main(config):
-    files = [Path(one) for file in config.files for one in sorted(glob.glob(str(file))) or [file]]
+    files = [Path(one) for file in config.files for one in expand(file)]
     if not files:
         fail("Pass the .ood.json files of runs.")
     runs = [read(file, config.score) for file in files]
@@ -66,6 +67,11 @@ def main(config):
         print_code_differences(groups)
         print_comparison(groups, config.score)
     return 0 if drawn else 1
+
+
+def expand(file):
+    """The files of a pattern, where no shell expanded it; a file of that name comes first."""
+    return [file] if file.exists() else sorted(glob.glob(str(file))) or [file]
 
 
 def fail(text):
@@ -102,8 +108,8 @@ def check_contents(runs):
         contents = {f"set {name}": one.get("digest") for name, one in run["sets"].items()}
         contents |= {f"score {name}": digest for name, digest in run["scores"].items()}
         for name, digest in contents.items():
-            file, other = seen.setdefault(name, (run["file"], digest))
-            if None not in (digest, other) and digest != other:
+            file, other = seen.setdefault(name, (run["file"], digest)) if digest else ("", digest)
+            if digest != other:
                 fail(f"{file} and {run['file']} differ in the content of {name}.")
 
 
@@ -113,10 +119,15 @@ def name_groups(runs, ignore_code):
         run["log"] = run["training"] or {"settings": {}, "seed": run["file"]}
         others = {name: run["log"].get(name) for name in ("epochs_done", "data", "code")}
         run["known"] = run["log"]["settings"] | others
+        if ignore_code:
+            del run["known"]["code"]
     logged = [run["known"] for run in runs if run["training"]]
-    left_out = [name for name in AGED if any(known[name] is None for known in logged)]
-    left_out += ["code"] if ignore_code else []
-    names = dict.fromkeys(name for known in logged for name in known if name not in left_out)
+    names = dict.fromkeys(name for known in logged for name in known)
+    for known in logged:
+        for name in AGED:  # taken from the only setting that is equal otherwise
+            same = {other[name] for other in logged if other | {name: 0} == known | {name: 0}}
+            if known[name] is None and len(same - {None}) == 1:
+                (known[name],) = same - {None}
     for run in runs:
         values = [run["known"].get(name) for name in names]
         run["key"] = json.dumps(values if run["training"] else run["file"])
@@ -125,13 +136,17 @@ def name_groups(runs, ignore_code):
         members = [other for other in runs if other["key"] == run["key"]]
         stems = [Path(other["file"]).name.removesuffix(".ood.json") for other in members]
         run["stem"] = os.path.commonprefix(stems) or stems[0]
-        differ = [
-            name for name in names if any(one.get(name) != run["known"].get(name) for one in logged)
-        ]
-        parts = [describe(name, run, runs[0]) for name in differ if run["training"]]
+        parts = [describe(name, run, runs[0]) for name in names if differs(name, run, logged)]
         title = f"{run['stem']}: {', '.join(filter(None, parts))}".removesuffix(": ")
         same = keys.setdefault(title, run["key"]) == run["key"]
         run["group"] = title if same else f"{title} ({members[0]['file']})"
+
+
+def differs(name, run, logged):
+    """Whether runs differ from this one in a setting; what an older log lacks is unknown."""
+    values = [known.get(name) for known in (run["known"], *logged)]
+    values = [value for value in values if name not in AGED or value is not None]
+    return bool(run["training"]) and any(value != values[0] for value in values)
 
 
 def describe(name, run, base):
@@ -140,7 +155,7 @@ def describe(name, run, base):
     if name == "epochs_done":
         return "" if value == run["known"]["epochs"] else f"only {value} epochs done"
     if name == "classes":
-        return f"{len(value)} classes"
+        return f"{len(value or [])} classes"
     return f"code {first_change(base, run)}" if name == "code" else f"{name} {value}"
 
 
@@ -252,7 +267,8 @@ def compare_means(base, other):
     difference = other.mean() - base.mean()
     if min(len(base), len(other)) < 2 or np.ptp(base) + np.ptp(other) < 1e-9:
         return difference, np.nan, np.nan, np.nan
-    test = stats.ttest_ind(other, base, equal_var=False)
+    with warnings.catch_warnings(action="ignore"):  # of a side that does not vary
+        test = stats.ttest_ind(other, base, equal_var=False)
     return difference, *test.confidence_interval(0.95), test.pvalue
 
 
@@ -282,10 +298,11 @@ def compare(groups, score):
         )
         table[f"{name} ({len(mine)} {'run' if len(mine) == 1 else 'runs'})"] = mine.agg(spread)
         if base is None:
-            base, base_stem = mine, members[0]["stem"]
+            base, base_name, base_stem = mine, name, members[0]["stem"]
             continue
         title = f"{members[0]['stem']} minus {base_stem}"
-        title = title if title not in table else f"{name} minus {base_stem}"
+        if members[0]["stem"] == base_stem or title in table:
+            title = f"{name} minus {base_name}"
         table[title] = {}
         several = base if len(mine) == 1 else mine
         for row in figures:
@@ -369,4 +386,7 @@ def draw(groups, config):
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config)))
+    try:
+        sys.exit(main(tyro.cli(Config)))
+    except BrokenPipeError:  # compare.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -57,7 +57,7 @@ def ask(config):
     results["config"]["score"] = config.score
     results["rows"] = []
     for path in paths:
-        network, _ = evaluation.load_run(path, loaders)
+        network, _ = evaluation.load_run(path, loaders, results["config"])
         for name, order in orders.items():
             model = copy.deepcopy(network)
             if order is not None:
