@@ -1,4 +1,4 @@
-"""What the tests share: the command lines as a user starts them, and small data sets."""
+"""What the tests share: the command lines as a user starts them, small data sets, tiny runs."""
 
 import contextlib
 import json
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import test as evaluation
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def on_the_cpu():
-    """A GPU beside it changes nothing, and no test waits for the disk."""
+    """A GPU beside it changes nothing; no test waits for the disk, or for threads."""
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(torch.accelerator, "current_accelerator", lambda **options: None)
@@ -89,6 +91,10 @@ def train_quietly(folder, checkpoint, **options):
     return train.train_model(train.Config(**settings | options))
 
 
+def evaluate(path="digits_resnet18.pth", ood_types=("blob",), **options):
+    return evaluation.evaluate(evaluation.Config((path,), ood_types=ood_types, **options))
+
+
 def same_bits(path, other):
     one, two = torch.load(path, weights_only=True), torch.load(other, weights_only=True)
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
@@ -98,9 +104,9 @@ def read_json(path):
     return json.loads(Path(path).read_text())
 
 
-def files_of(folder, stem):
-    """{ending: bytes} of the files of a run."""
-    return {path.name.removeprefix(stem): path.read_bytes() for path in folder.glob(f"{stem}.*")}
+def files_of(stem):
+    """{ending: bytes} of the files of a run in the working directory."""
+    return {path.name.removeprefix(stem): path.read_bytes() for path in Path().glob(f"{stem}.*")}
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,6 @@ from experiments import detectors, published_test_pass
 from ood_utils import InputError, get_features, get_performance
 
 
-def cells(capsys):
-    lines = capsys.readouterr().out.splitlines()
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
-
-
 def test_the_published_test_pass_is_a_test_in_train_mode(in_tiny_run, monkeypatch):
     """The statistics that a network has after the usual loop without model.eval()."""
     loader = train.get_loader(False, "digits", batch_size=128)
@@ -36,26 +31,6 @@ def test_the_published_test_pass_is_a_test_in_train_mode(in_tiny_run, monkeypatc
     config = evaluation.Config(("digits_resnet18.pth",), ood_types=("photos",), output=".")
     with pytest.raises(InputError, match="last batch of one image"):
         published_test_pass.ask(config)
-
-
-def test_the_table_of_the_test_pass_by_hand(capsys):
-    """Two networks, three passes: 46.30 lies within 46 to 48, 85.74 not within 50 to 50."""
-    error_rates = {"none": (43.0, 44.0), "order 0": (46.0, 47.5), "order 1": (46.5, 48.0)}
-    rows = [
-        {"checkpoint": path, "test_pass": name, "set": evaluation.SPLIT, "score": "msp"}
-        | {"error_rate": rate, "auroc": 128.0 + i - rate, "aupr": 50.0, "fpr95": 50.0}
-        for name, rates in error_rates.items()
-        for i, (path, rate) in enumerate(zip(("a", "b"), rates, strict=True))
-    ]
-    results = {"config": {"dataset": "cifar100", "score": "msp"}, "skipped": {}, "rows": rows}
-    published_test_pass.print_tables(results)
-    title, _, error_rate, auroc, aupr, _ = cells(capsys)
-    titles = "before|after|between orders|after, range|published|in the range"
-    assert "|".join(title[1:]) == titles
-    before, after = "43.50 +- 0.71", f"{(46.25 + 47.75) / 2:.2f} +- {1.5 / 2**0.5:.2f}"
-    assert error_rate[1:] == [before, after, "0.50", "46.00 to 48.00", "46.30", "yes"]
-    assert auroc[4:] == ["81.00 to 82.00", "81.98", "yes"]
-    assert aupr[4:] == ["50.00 to 50.00", "85.74", "no, by 35.74"]
 
 
 @pytest.fixture
@@ -98,26 +73,3 @@ def test_detectors_are_those_of_the_library(wide_checkpoint, tmp_path):
     assert json.loads((tmp_path / "detectors.json").read_text())["rows"] == results["rows"]
     with pytest.raises(InputError, match="pass --ood-types"):
         detectors.compare(dataclasses.replace(settings, ood_types=()))
-
-
-def test_the_tables_of_the_detectors_by_hand(capsys):
-    """Two networks. Noises give the order A B C twice; images A C B, then C B A: 0.5 and -1."""
-    figures = {  # detector: AUROCs on a noise, then on images, of both networks
-        "MaxSoftmax": (90, 80, 70, 50),
-        "B": (80, 70, 50, 60),
-        "C": (70, 60, 60, 70),
-    }
-    rows = [
-        {"checkpoint": "ab"[i % 2], "set": name, "detector": detector, "auroc": float(aurocs[i])}
-        | {"auroc_of_test_py": aurocs[i] - 1.0 if detector == "C" else None}
-        for detector, aurocs in figures.items()
-        for i, name in enumerate(("blob", "blob", "svhn", "svhn"))
-    ]
-    detectors.print_tables({"rows": rows, "skipped": {}})
-    out = capsys.readouterr().out
-    assert "by network: -0.25 +- 1.06" in out
-    lines = [" ".join(line.split()) for line in out.splitlines()]
-    means = "75.00 +- 7.07 | 55.00 +- 7.07"
-    assert f"| B | {means} | {means} |" in lines
-    assert "| B | 0 | 1 |" in lines and "| C | 0 | 1 |" in lines
-    assert "| C | 1.00 +- 0.00 | 1.00 +- 0.00 |" in lines

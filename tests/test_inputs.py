@@ -1,19 +1,20 @@
 """Inputs as users' machines have them: the right value, or one line that names the cause."""
 
+import contextlib
 import errno
 import importlib
-import json
 import os
 import re
 import shutil
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import same_bits, train_quietly, write_images
+from conftest import evaluate, read_json, same_bits, train_quietly, write_images
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -50,28 +51,23 @@ def test_pictures_are_read_as_viewers_show_them(image, options, expected, tmp_pa
     assert torch.equal(decode(tmp_path / "a.png"), pil_to_tensor(expected.convert("RGB")))
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_pixels_of_more_than_8_bits_are_refused(mode, tmp_path):
-    Image.new(mode, (32, 32)).save(tmp_path / "a.tiff")
-    with pytest.raises(InputError, match=f"a.tiff .*mode {mode}, save it with 8 bits"):
-        decode(tmp_path / "a.tiff")
+def test_pixels_of_more_than_8_bits_are_refused(tmp_path):
+    for mode in ("I;16", "I", "F"):
+        Image.new(mode, (32, 32)).save(tmp_path / "a.tiff")
+        with pytest.raises(InputError, match=f"a.tiff .*mode {mode}, save it with 8 bits"):
+            decode(tmp_path / "a.tiff")
 
 
 def test_unreadable_images_are_counted_and_three_are_named(class_folder):
     for name in "abcd":
         (class_folder / f"train/cat/{name}.png").write_bytes(b"no picture")
-    with pytest.raises(
-        InputError, match="Fix or remove 4 files: .*cat/a.png .*b.png .*c.png"
-    ) as error:
+    message = "^Fix or remove 4 files: .*cat/a.png [^,]*, .*b.png [^,]*, .*c.png [^,]*$"
+    with pytest.raises(InputError, match=message):
         read_closed_set(class_folder)
-    assert "d.png" not in str(error.value)
 
 
 def test_a_lack_of_memory_is_not_the_images_fault(class_folder, monkeypatch):
-    def fail(*args):
-        raise MemoryError
-
-    monkeypatch.setattr(ood_data.TF, "resize", fail)
+    monkeypatch.setattr(ood_data.TF, "resize", mock.Mock(side_effect=MemoryError))
     with pytest.raises(OSError, match="No memory is left for .*000.png"):
         read_closed_set(class_folder)
 
@@ -127,20 +123,12 @@ def test_a_folder_that_cannot_be_listed_is_named(number, class_folder, in_tiny_r
     """Another user's, or on a failing file system: no image of it may be left out in silence."""
     locked = class_folder / "train/cat/private"
     write_images(locked, 2)
-    scandir = os.scandir
-
-    def refuse(path):
-        if Path(path).name == "private":
-            raise OSError(number, os.strerror(number), str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    scandir, fail = os.scandir, mock.Mock(side_effect=OSError(number, "refused", str(locked)))
+    monkeypatch.setattr(os, "scandir", lambda at: (fail if at == str(locked) else scandir)(at))
     with pytest.raises(OSError, match="train/cat/private"):
         read_closed_set(class_folder)
-    folders = (str(class_folder / "train/cat"), "photos")
-    config = evaluation.Config(("digits_resnet18.pth",), ood_types=folders)
-    (evaluation_of_run,) = evaluation.evaluate(config)
-    assert "train/cat/private" in evaluation_of_run["skipped"]["cat"]
+    (results,) = evaluate(ood_types=(str(class_folder / "train/cat"), "photos"))
+    assert "train/cat/private" in results["skipped"]["cat"]
 
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
@@ -159,11 +147,11 @@ def test_names_that_look_the_same_are_the_same(class_folder, tmp_path):
     assert list(evaluation.name_sets([str(tmp_path / DECOMPOSED)], "digits")) == [COMPOSED]
 
 
-@pytest.mark.parametrize("name", ["error rate", "mean of noises", "closed set", "svhn"])
-def test_names_of_the_tables_are_refused(name, tmp_path):
-    (tmp_path / name).mkdir()
-    with pytest.raises(InputError, match=f"named '{name}'"):
-        evaluation.name_sets([str(tmp_path / name)], "digits")
+def test_names_of_the_tables_are_refused(tmp_path):
+    for name in ("error rate", "mean of noises", "closed set", "svhn"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(InputError, match=f"named '{name}'"):
+            evaluation.name_sets([str(tmp_path / name)], "digits")
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
@@ -171,8 +159,7 @@ def test_names_are_shown_as_they_are(in_tiny_run, command):
     names = ("a|b", "$x^2$", "中文", "two\nlines")
     for name in names:
         write_images(in_tiny_run / name, 2)
-    flags = ["--checkpoint", "digits_resnet18.pth", "--ood-types", *names]
-    status, out, _ = command("test.py", *flags)
+    status, out, _ = command("test.py", "--dataset", "digits", "--ood-types", *names)
     assert status == 0
     for text in ("ood type: a|b\n", "| a\\|b ", "ood type: $x^2$\n", "中文", "two?lines"):
         assert text in out, text
@@ -194,24 +181,20 @@ def test_a_windows_path_in_a_log_is_the_same_folder(in_tiny_run):
 # Checkpoints and logs -------------------------------------------------------------------
 
 
-def evaluate_digits(path="digits_resnet18.pth"):
-    return evaluation.evaluate(evaluation.Config((path,), ood_types=("blob",)))
-
-
 def test_a_log_beside_other_weights_is_refused(in_tiny_run):
     shutil.copy("whole.pth", "a.pth")
     message = "a.json is the log of another checkpoint than a.pth"
     with pytest.raises(InputError, match=message):
-        evaluate_digits("a.pth")
+        evaluate("a.pth")
     with pytest.raises(InputError, match=message):
         train_quietly("pets", "a.pth", epochs=1, resume=True)
 
 
-@pytest.mark.parametrize("text", ["{", '{"lr": 1}', "[1]", "\x00"])
-def test_a_damaged_log_is_named(text, in_tiny_run):
-    Path("digits_resnet18.json").write_text(text)
-    with pytest.raises(InputError, match="digits_resnet18.json is damaged, or no log"):
-        evaluate_digits()
+def test_a_damaged_log_is_named(in_tiny_run):
+    for text in ("{", '{"lr": 1}', "[1]", "\x00"):
+        Path("digits_resnet18.json").write_text(text)
+        with pytest.raises(InputError, match="digits_resnet18.json is damaged, or no log"):
+            evaluate()
 
 
 def test_a_link_has_the_log_of_its_target(in_tiny_run, tmp_path):
@@ -264,10 +247,10 @@ def test_what_does_not_fit_is_told_in_one_short_line(in_tiny_run):
 def test_patterns_are_expanded_where_no_shell_does(in_tiny_run, command):
     for name in "ab":
         shutil.copy("digits_resnet18.pth", f"{name}9.pth")
-    flags = ["--dataset", "digits", "--ood-types", "blob", "--checkpoint"]
-    status, out, _ = command("test.py", *flags, "?9.pth")
+    flags = ["test.py", "--dataset", "digits", "--ood-types", "blob", "--checkpoint"]
+    status, out, _ = command(*flags, "?9.pth")
     assert status == 0 and out.count("Error Rate") == 2
-    status, _, err = command("test.py", *flags, "?8.pth")
+    status, _, err = command(*flags, "?8.pth")
     assert status == 2 and "No checkpoint at ?8.pth" in err
     status, out, _ = command("experiments/compare.py", "?9.ood.json")
     assert status == 0 and "they count once" in out
@@ -280,9 +263,8 @@ def test_settings_from_python_may_be_paths_and_numbers_of_numpy(class_folder, tm
     log = train.read_run(path)["log"]
     assert {"seed": 3, "lr": 0.5}.items() <= log["config"].items()
     write_images(folder, 2)
-    options = {"ood_types": (folder,), "output": tmp_path / "new/folder", "seed": np.int64(3)}
-    evaluation.evaluate(evaluation.Config((str(path),), **options))
-    results = json.loads((tmp_path / "new/folder/a.ood.json").read_text())
+    evaluate(str(path), (folder,), output=tmp_path / "new/folder", seed=np.int64(3))
+    results = read_json(tmp_path / "new/folder/a.ood.json")
     assert results["config"]["ood_types"] == ["images"] and results["config"]["seed"] == 3
 
 
@@ -299,33 +281,22 @@ def test_a_home_directory_is_expanded(monkeypatch, tmp_path):
 # Machines -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number,passes", [
-    (errno.EINVAL, True), (errno.ENOTSUP, True), (errno.ENOSYS, True), (errno.EIO, False),
-    (errno.ENOSPC, False),
-])  # fmt: skip
-def test_a_file_system_without_fsync_is_written_to(number, passes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", ["EINVAL", "ENOTSUP", "ENOSYS", "EIO", "ENOSPC"])
+def test_a_file_system_without_fsync_is_written_to(error, tmp_path, monkeypatch):
     """CIFS, FUSE. Any other answer leaves the old file, and names it."""
-    path = tmp_path / "model.pth"
-    ood_utils.write_file(path, b"old")
-
-    def fail(*args):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(ood_utils.os, "fsync", fail)
-    if passes:
+    path, number = tmp_path / "model.pth", getattr(errno, error)
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=OSError(number, error)))
+    refused = pytest.raises(OSError, match=f"{error}.*model.pth")
+    with refused if error in ("EIO", "ENOSPC") else contextlib.nullcontext():
         ood_utils.write_file(path, b"new")
-        assert path.read_bytes() == b"new"
-        return
-    with pytest.raises(OSError, match="model.pth"):
-        ood_utils.write_file(path, b"new")
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == (b"old" if error in ("EIO", "ENOSPC") else b"new")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_named(number, tmp_path, monkeypatch, capsys):
-    def acquire(*args, **options):
-        raise OSError(number, os.strerror(number))
-
+    acquire = mock.Mock(side_effect=OSError(number, "no locks"))
     monkeypatch.setattr(ood_utils.FileLock, "acquire", acquire)
     with ood_utils.lock(tmp_path / "lock", "held"):
         assert "note: no lock on" in capsys.readouterr().err
@@ -340,10 +311,9 @@ def test_complete_data_are_read_without_a_lock(tmp_path, monkeypatch):
 def test_a_run_keeps_the_precision_that_auto_chose(in_tiny_run, monkeypatch, capsys):
     """Where the run began with bfloat16, on a node without; with --precision it is refused."""
     train_quietly("pets", "whole.pth", precision="bfloat16", epochs=2)
-    state = {"log": train.read_run("whole.pth")["log"], "model": torch.load("whole.pth")}
-    state["log"]["config"]["precision"] = "bfloat16"
+    run = train.read_run("whole.pth")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert train.pick_precision("auto", torch.device("cpu"), state) == "bfloat16"
+    assert train.pick_precision("auto", torch.device("cpu"), run) == "bfloat16"
     assert "the run began in bfloat16 and keeps it" in capsys.readouterr().out
     train_quietly("pets", "whole.pth", epochs=2, resume=True)
     with pytest.raises(InputError, match="precision bfloat16 -> float32"):
@@ -360,12 +330,11 @@ def test_a_package_without_metadata_is_no_error(monkeypatch):
     assert versions["torch"] == torch.__version__
 
 
-def test_the_default_dtype_of_the_caller_changes_nothing(class_folder, tmp_path, in_tiny_run):
-    expected = evaluate_digits()[0]["rows"]
+def test_the_default_dtype_of_the_caller_changes_nothing(in_tiny_run):
+    expected = evaluate()
     torch.set_default_dtype(torch.float64)
     try:
         train_quietly("pets", "new.pth", epochs=1)
-        found = evaluate_digits()[0]["rows"]
+        assert evaluate() == expected
     finally:
         torch.set_default_dtype(torch.float32)
-    assert found == expected

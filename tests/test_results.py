@@ -64,11 +64,11 @@ def test_the_raw_scores_follow_from_the_weights():
     model = resnet18(num_classes=100)
     model.load_state_dict(torch.load(PATH, weights_only=True))
     for name in ("gaussian", "rademacher", "blob", "photos"):
-        logits, _ = ood_utils.get_logits(model, ood_data.build_ood_loader(name, 500))
+        logits, _ = ood_utils.get_logits(model, ood_data.build_ood_loader(name, 200))
         scores = [getattr(ood_utils, score)(logits.double()) for score in STORED_SCORES]
-        stored = arrays_of("scores")[name][:500]
+        stored = arrays_of("scores")[name][:200]
         np.testing.assert_allclose(torch.stack(scores, dim=1), stored, rtol=0, atol=1e-4)
-        same = logits.argmax(1).numpy() == arrays_of("predictions")[name][:500]
+        same = logits.argmax(1).numpy() == arrays_of("predictions")[name][:200]
         assert same.mean() > 0.99  # a tie may fall the other way on another processor
 
 

@@ -59,18 +59,11 @@ def test_get_loader_shuffles_and_augments_unless_asked_not_to(monkeypatch):
     for first, same, *others in (shown, orders):
         assert torch.equal(first, same)
         assert not any(torch.equal(first, other) for other in others)
-    for is_train, augment in ((True, False), (False, True)):
+    for is_train, augmented in ((True, False), (False, True)):
         images, labels, _ = ood_data.read_closed_set("digits", train=is_train)
-        shown, order = next(iter(train.get_loader(is_train, "digits", augment=augment)))
+        shown, order = next(iter(train.get_loader(is_train, "digits", augment=augmented)))
         assert order.tolist() == list(labels[: len(order)])
         assert torch.equal(shown, normalise(images[: len(shown)]))
-
-
-def small_convolution(size, stride, live):
-    """A full convolution, and the one that is a matrix product, for maps of a size."""
-    torch.manual_seed(0)
-    full = nn.Conv2d(4, 6, 3, stride, padding=1, bias=False).double()
-    return full, train.SmallMapConv(full, live), torch.randn(5, 4, size, size).double()
 
 
 @pytest.mark.parametrize("size,stride,live", [
@@ -78,9 +71,9 @@ def small_convolution(size, stride, live):
 ])  # fmt: skip
 def test_small_convolutions_equal_full_ones(size, stride, live):
     """Outputs, gradients, and the full kernel, with zeros where it only sees padding."""
-    full, small, maps = small_convolution(size, stride, live)
-    outputs = small(maps)
-    torch.testing.assert_close(outputs, full(maps))
+    full = nn.Conv2d(4, 6, 3, stride, padding=1, bias=False).double()
+    small, maps = train.SmallMapConv(full, live), torch.randn(5, 4, size, size).double()
+    torch.testing.assert_close(small(maps), full(maps))
     for network in (full, small):
         network(maps).square().sum().backward()
     torch.testing.assert_close(small.weight.grad, full.weight.grad[:, :, live, live])
@@ -91,43 +84,36 @@ def test_small_convolutions_equal_full_ones(size, stride, live):
     assert (small.weight == 1).all()
 
 
-@pytest.mark.parametrize("stem,replaced", [("imagenet", 7), ("cifar", 0)])
-def test_the_network_is_torchvisions(stem, replaced):
-    """In float64, forward and after a step; it is known again from its weights."""
-    network = train.build_network(100, stem).double()
+def test_the_network_is_torchvisions(tmp_path):
+    """In float64, forward and after a step; the stem is known from the weights."""
+    network = train.build_network(10)
     if not isinstance(network, ResNet):
         pytest.skip("another network: --stem is for ResNets")
-    full = resnet18(num_classes=100).double()
-    if stem == "cifar":
-        full.conv1, full.maxpool = (
-            nn.Conv2d(3, 64, 3, padding=1, bias=False).double(),
-            nn.Identity(),
-        )
-    small = [module for module in network.modules() if isinstance(module, train.SmallMapConv)]
-    assert len(small) == replaced
+    cifar = train.build_network(10, "cifar")
+    full, small_stem = resnet18(num_classes=10), resnet18(num_classes=10)
+    small_stem.conv1, small_stem.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    images, labels = normalise(random_images(5)).double(), torch.arange(5)
+    images = images.contiguous(memory_format=torch.channels_last)
     maps = []
-    for module in small:
-        module.register_forward_hook(lambda module, inputs, output: maps.append(output))
-    network.to(memory_format=torch.channels_last)
-    images = normalise(random_images(6)).double().contiguous(memory_format=torch.channels_last)
+    for module in network.modules():
+        if isinstance(module, train.SmallMapConv):
+            module.register_forward_hook(lambda module, inputs, output: maps.append(output))
     config = Config(lr=0.001, precision="float32")
-    close = {"rtol": 1e-9, "atol": 1e-9}
-    full.load_state_dict(network.state_dict())
-    torch.testing.assert_close(network(images), full(images), **close)
-    for model in (network, full):
-        train_step(model, build_optimizer(model, config), images, torch.arange(6), config)
-    torch.testing.assert_close(network.state_dict(), full.state_dict(), **close)
-    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in maps)
-
-
-def test_every_stem_is_known_from_the_weights(tmp_path):
-    if not isinstance(train.build_network(2), ResNet):
-        pytest.skip("another network: --stem is for ResNets")
-    for stem in ("imagenet", "cifar"):
-        state = train.build_network(2, stem).state_dict()
+    for one, other in ((network, full), (cifar, small_stem)):
+        state = one.state_dict()
         torch.save(state, tmp_path / "a.pth")
         loaded = train.load_network(tmp_path / "a.pth").state_dict()
         torch.testing.assert_close(loaded, state, rtol=0, atol=0)
+        other.load_state_dict(state)
+        one.double().to(memory_format=torch.channels_last)
+        other.double()
+        few = images if one is network else images[:2]
+        torch.testing.assert_close(one.eval()(few), other.eval()(few), rtol=1e-9, atol=1e-9)
+    for model in (network.train(), full.train()):
+        train_step(model, build_optimizer(model, config), images, labels, config)
+    torch.testing.assert_close(network.state_dict(), full.state_dict(), rtol=1e-9, atol=1e-9)
+    last = [one.is_contiguous(memory_format=torch.channels_last) for one in maps]
+    assert last == [True] * 2 * 7  # evaluated, and trained
 
 
 def test_a_network_without_logits_is_refused_before_training(in_tiny_run, monkeypatch):
@@ -227,7 +213,8 @@ def test_the_log_holds_settings_and_rates(settings, rates, in_tiny_run, monkeypa
     assert log["classes"] == ["cat", "dog"]
     assert log["versions"]["torch"] == torch.__version__
     assert log["sources"]["train.py"] == (ROOT / "train.py").read_text()
-    assert "losses.py" not in log["sources"] and log["code"] == train.digest_code(log["sources"])
+    assert {"train.py", "ood_data.py", "ood_utils.py"} <= log["sources"].keys()
+    assert log["code"] == train.digest_code(log["sources"])
 
 
 def test_what_code_draws_repeats(in_tiny_run, monkeypatch):
@@ -253,7 +240,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(in_tiny_run, monkeypatch):
         train_quietly("pets", "new.pth")
     log = train.read_run("new.resume.pth")["log"]
     assert [epoch["loss"] for epoch in log["epochs"]] == [1.5, 3.5]
-    assert set(files_of(in_tiny_run, "new")) == {".resume.pth"}
+    assert set(files_of("new")) == {".resume.pth"}
 
 
 def test_a_second_run_of_one_checkpoint_touches_nothing(in_tiny_run, monkeypatch):
@@ -265,12 +252,12 @@ def test_a_second_run_of_one_checkpoint_touches_nothing(in_tiny_run, monkeypatch
         with pytest.raises(InputError, match="Another run") as error:
             train_quietly("pets", "new.pth")
         errors.append(error)
-        assert not files_of(in_tiny_run, "new")
+        assert not files_of("new")
         return train_step(*args)
 
     monkeypatch.setattr(train, "train_step", step)
     train_quietly("pets", "new.pth", epochs=1)
-    assert len(errors) == 1 and set(files_of(in_tiny_run, "new")) == {".pth", ".json"}
+    assert len(errors) == 1 and set(files_of("new")) == {".pth", ".json"}
 
 
 @pytest.mark.slow
