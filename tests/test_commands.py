@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import evaluate, files_of, read_json, train_quietly, write_class_folder, write_images
+from conftest import evaluate, files_of, read_json, train_quietly, write_images
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import ood_data
@@ -143,16 +143,16 @@ def test_own_images_as_closed_set_and_ood_set(in_tiny_run, command):
 
 
 def test_several_checkpoints_are_independent(in_tiny_run, command, monkeypatch):
-    """One after the other; scores that are not finite cost no other checkpoint."""
+    """Scores that are not finite cost no other checkpoint."""
     state = torch.load("digits_resnet18.pth", weights_only=True)
     *_, bias = state
-    torch.save(state | {bias: state[bias] + 1e30}, "bad.pth")
-    torch.save(state | {bias: state[bias] + 0.1}, "good.pth")
+    for name, shift in (("bad", 1e30), ("good", 0.1)):
+        torch.save(state | {bias: state[bias] + shift}, f"{name}.pth")
     monkeypatch.setitem(ood_utils.SCORES, "square", lambda logits: logits.float().square().sum(1))
     flags = ["--dataset", "digits", "--ood-types", "blob", "--checkpoint", "bad.pth"]
     status, out, err = command("test.py", *flags, "good.pth", "digits_resnet18.pth")
     assert status == 1 and "bad.pth: scores of closed set are not finite" in err
-    assert out.count("Error Rate") == 2 and (in_tiny_run / "digits_resnet18.ood.json").exists()
+    assert out.count("Error Rate") == 2 and Path("digits_resnet18.ood.json").exists()
     status, _, err = command("test.py", *flags)
     assert status == 2 and "bad.pth: scores of" in err
 
@@ -171,7 +171,7 @@ def test_old_weights_under_new_code_are_refused(shift, fits, in_tiny_run):
 def test_the_checkpoint_edited_in_train_is_the_default(monkeypatch):
     monkeypatch.setattr(train.Config, "checkpoint", "nosuch.pth")
     with pytest.raises(InputError, match="No checkpoint at nosuch.pth"):
-        evaluation.evaluate(evaluation.Config(dataset="digits"))
+        evaluation.evaluate()
 
 
 def test_folders_that_are_not_written_to_are_refused_before_scoring(in_tiny_run, monkeypatch):
@@ -228,13 +228,10 @@ BAD = [
     ("train.py", "--dataset cifar100 --data-root {f}/empty", "under {f}/empty .*: copy it"),
     ("train.py", "--dataset {f}/no_test", "no_test/test"),
     ("train.py", "--dataset {f}/other", "other: train/ and test/ do not both have bird"),
-    ("train.py", "--dataset {f}/unreadable", "dog/broken.png is not a readable image"),
     ("train.py", "--dataset digits --batch-size 359", "1437 images leave a batch of 1"),
-    ("train.py", "--epochs 0", "^error: --epochs 0: Input should be greater than 0.$"),
     ("train.py", "--milestones 0.5 80", "--milestones 80.0: Input should be less than or equal"),
     ("train.py", "--dataset digits --checkpoint {f}/ten.pth/a.pth", "ten.pth"),
     ("test.py", "--dataset digits", "No checkpoint at digits_resnet18.pth: run `python train.py`"),
-    ("test.py", "--dataset digits --ood-types fog --checkpoint {f}/ten.pth", "OOD type 'fog'"),
     ("test.py", "--dataset cifar10 --ood-types cifar10 --checkpoint {f}/ten.pth", "the closed set"),
     ("test.py", "--dataset digits --checkpoint {f}/ten.pth --ood-types {f}/a/x {f}/b/x", "'x'"),
     ("test.py", "--dataset digits --checkpoint {f}/code.pth", "code.pth is damaged, or no state"),
@@ -252,8 +249,6 @@ class Payload:
 def bad_folder(tmp_path_factory, tiny_folder):
     """Closed sets and checkpoints, each with one thing wrong."""
     folder = tmp_path_factory.mktemp("bad")
-    write_class_folder(folder / "unreadable")
-    (folder / "unreadable/train/dog/broken.png").write_bytes(b"no picture")
     for path in ("train/cat", "test/cat", "test/bird", "../no_test/train/cat", "../a/x", "../b/x"):
         write_images(folder / "other" / path, 1)
     torch.save({"fc.weight": Payload()}, folder / "code.pth")
