@@ -18,7 +18,7 @@ from torchvision import transforms
 import ood_data
 import test as evaluation
 import train
-from ood_data import ImageLoader, build_ood_loader, read_closed_set
+from ood_data import build_ood_loader, read_closed_set
 from ood_utils import InputError
 
 
@@ -195,31 +195,6 @@ def test_the_closed_set_is_no_ood_set(class_folder, tmp_path, monkeypatch):
     for name in ("..", ".", "test/cat", "train", "val"):
         with pytest.raises(InputError, match="is, or holds, the closed set"):
             name_sets([str(class_folder / name)], str(class_folder))
-
-
-def run_epoch(seed, number):
-    """The labels of an epoch in their order, and what its transform draws for each batch."""
-    drawn = []
-
-    def transform(images, generator):
-        drawn.append(torch.rand(1, generator=generator).item())
-        return images
-
-    numbered = torch.arange(50.0)[:, None, None, None].expand(50, 3, 32, 32)
-    loader = ImageLoader(numbered, range(50), (), 16, "cpu", transform, shuffle=True, seed=seed)
-    loader.epoch = number
-    images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
-    assert loader.epoch == number + 1 and torch.equal(images[:, 0, 0, 0].long(), labels)
-    assert len(loader) == len(drawn) == 4
-    return labels.tolist(), drawn
-
-
-def test_epochs_are_functions_of_seed_and_epoch():
-    labels, drawn = run_epoch(5, 3)
-    assert sorted(labels) == list(range(50)) and len(set(drawn)) == 4
-    assert run_epoch(5, 3) == (labels, drawn)
-    for other_labels, other_drawn in (run_epoch(5, 4), run_epoch(6, 3)):
-        assert labels != other_labels and not set(drawn) & set(other_drawn)
 
 
 def test_downloads_into_one_folder_wait_for_each_other(tmp_path, capfd):

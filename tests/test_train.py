@@ -44,26 +44,30 @@ def test_crops_are_torchvisions_and_uniform():
     assert torch.equal(found[:, :, 16, 16], greys[:, :, 16, 16])  # each image has its own crop
 
 
-def test_get_loader_shuffles_and_augments_unless_asked_not_to(monkeypatch):
-    """By what is edited in augment_batch; order and draws are functions of seed and epoch."""
+def test_epochs_are_functions_of_seed_and_epoch(monkeypatch):
+    """The order, and what an augmentation draws; augment_batch may be edited."""
+    numbered = torch.arange(50, dtype=torch.uint8)[:, None, None, None].expand(50, 3, 32, 32)
+    monkeypatch.setitem(ood_data.CLOSED_SETS, "mine", lambda *args: (numbered, range(50), ["x"]))
+    orders, drawn = [], []
 
     def augment(images, generator):
-        grey = torch.randint(256, (1,), generator=generator)
-        return torch.full_like(images, grey.item())
+        drawn.append(torch.rand(1, generator=generator).item())
+        return 255 - images
 
     monkeypatch.setattr(train, "augment_batch", augment)
-    loaders = [train.get_loader(True, "digits", seed=seed) for seed in (0, 0, 1)]
-    batches = [next(iter(loader)) for loader in (*loaders, loaders[0])]
-    shown, orders = zip(*batches, strict=True)
-    assert len(shown[0].unique()) == 3  # one grey, normalised
-    for first, same, *others in (shown, orders):
-        assert torch.equal(first, same)
-        assert not any(torch.equal(first, other) for other in others)
+    for seed, epoch in ((5, 3), (5, 3), (5, 4), (6, 3)):
+        loader = train.get_loader(True, "mine", batch_size=16, seed=seed)
+        loader.epoch = epoch
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        assert loader.epoch == epoch + 1 and len(loader) == 4
+        assert torch.equal(images, normalise(255 - numbered[labels]))
+        orders.append(labels.tolist())
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert orders[0] == orders[1] and len(set(map(tuple, orders))) == 3
+    assert drawn[:4] == drawn[4:8] and len(set(drawn)) == 3 * 4
     for is_train, augmented in ((True, False), (False, True)):
-        images, labels, _ = ood_data.read_closed_set("digits", train=is_train)
-        shown, order = next(iter(train.get_loader(is_train, "digits", augment=augmented)))
-        assert order.tolist() == list(labels[: len(order)])
-        assert torch.equal(shown, normalise(images[: len(shown)]))
+        ((images, labels),) = train.get_loader(is_train, "mine", augment=augmented)
+        assert torch.equal(images, normalise(numbered)) and labels.tolist() == list(range(50))
 
 
 @pytest.mark.parametrize("size,stride,live", [
