@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -97,21 +98,12 @@ def test_a_new_run_moves_what_was_there(stem, in_tiny_run, capsys):
 def test_a_kill_before_a_file_is_moved_loses_nothing(moves, in_tiny_run, monkeypatch, capsys):
     """First the four files of the earlier run, then three states, log and checkpoint."""
     before = files_of("a")
-    moved = []
-
-    def count(move):
-        def until_killed(*paths):
-            if len(moved) == moves:
-                raise KeyboardInterrupt
-            moved.append(paths)
-            return move(*paths)
-
-        return until_killed
-
+    step = mock.Mock(side_effect=[*[None] * moves, KeyboardInterrupt])
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", count(os.replace))
-        patch.setattr(Path, "rename", count(Path.rename))
+        for owner, name in ((os, "replace"), (Path, "rename")):
+            move = getattr(owner, name)
+            patch.setattr(owner, name, lambda *paths, move=move: step() or move(*paths))
         train_quietly("pets", "a.pth")
     capsys.readouterr()
     train_quietly("pets", "a.pth", resume=Path("a.resume.pth").exists())
