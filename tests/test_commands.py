@@ -220,6 +220,7 @@ BAD = [
     ("train.py", "--dataset {f}/no_test", "no_test/test"),
     ("train.py", "--dataset {f}/other", "other: train/ and test/ do not both have bird"),
     ("train.py", "--dataset digits --batch-size 359", "1437 images leave a batch of 1"),
+    ("train.py", "--epochs 0", "^error: --epochs 0: Input should be greater than 0.$"),
     ("train.py", "--milestones 0.5 80", "--milestones 80.0: Input should be less than or equal"),
     ("train.py", "--dataset digits --checkpoint {f}/ten.pth/a.pth", "ten.pth"),
     ("test.py", "--dataset digits", "No checkpoint at digits_resnet18.pth: run `python train.py`"),
