@@ -353,8 +353,7 @@ def train_model(config=None):
             resume(path, run, log, model, optimizer)
         else:
             ood_utils.set_aside(path)
-        counts = " and ".join(f"{len(loader.images)} images" for loader in loaders)
-        print(f"device: {log['device']}, {config.precision}; {counts}", flush=True)
+        print(f"device: {log['device']}, {config.precision}; {count} images", flush=True)
 
         saved = time.perf_counter()
         for epoch in range(len(log["epochs"]), config.epochs):

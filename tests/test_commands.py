@@ -123,7 +123,7 @@ def test_own_images_as_closed_set_and_ood_set(in_tiny_run, command):
     assert counts["photos"] == counts["labels"] == (10, 2)
     assert len(np.load("new.ood.npz")["files/labels"]) == 2
     status, _, err = command("test.py", *flags, "cut.resume.pth")
-    assert status == 0 and "an unfinished run, 1 of 4 epochs" in err
+    assert status == 0 and "is unfinished, 1 of 4 epochs" in err
 
     moved = (in_tiny_run / "pets").rename(in_tiny_run / "moved")  # the same classes
     assert command("test.py", *flags, "new.pth", "--dataset", "moved")[0] == 0
@@ -197,6 +197,8 @@ def test_a_run_with_validation_never_reads_the_test_images(in_tiny_run, command,
     assert (row["set"], row["positives"], row["negatives"]) == ("blob", 200, 40)
     status, _, err = command("test.py", *flags, "digits_resnet18.pth")
     assert status == 2 and "--validation NUMBER" in err
+    status, _, err = command("test.py", *flags, "v.pth", "digits_resnet18.pth")
+    assert status == 1 and "digits_resnet18.pth did not hold out these" in err
 
 
 def test_help_lists_what_the_tables_hold(command):

@@ -138,6 +138,14 @@ def test_holms_correction_by_hand(p_values, expected):
     assert compare.holm(p_values).tolist() == expected
 
 
+def test_a_change_without_effect_earns_a_star_in_one_table_of_twenty():
+    """Independent rows of one distribution, five runs a side: any star in at most 6%."""
+    base, other = np.random.default_rng(0).normal(size=(2, 2000, 11, 5))
+    p_values = stats.ttest_ind(other, base, axis=-1, equal_var=False).pvalue
+    assert compare.compare_means(base[0, 0], other[0, 0])[-1] == pytest.approx(p_values[0, 0])
+    assert np.mean([compare.holm(of_table).any() for of_table in p_values]) <= 0.06
+
+
 def test_holm_counts_the_rows_of_both_changes(printed):
     """A difference that would be significant among 8 rows is not among 16."""
     base, tweak = draw_figures(4), draw_figures(4)
@@ -213,6 +221,7 @@ LONG = {"train.py": "\n".join(f"c{i} = {i}" for i in range(100))}
     ([{}, {"epochs_done": 2}], ["r0", "r1: only 2 epochs done"]),
     ([{}, {"data": "other"}], ["r0: data d", "r1: data other"]),
     ([{}, {"data": None}], ["r"]),  # shipped logs are older than this entry
+    ([{"data": None}, {"data": "a"}, {"data": "b"}], ["r0: data None", "r1: data a", "r2: data b"]),
     ([{}, {"warm_up": 5}], ["r0: warm_up None", "r1: warm_up 5"]),  # a setting that one log lacks
     ([{}, {"classes": ["cat"]}], ["r0: 2 classes", "r1: 1 classes"]),
     ([{"sources": OLD}, {"sources": NEW, "code": "e"}], ["r0: code c", "r1: code `b = loss(3)`"]),
@@ -262,6 +271,8 @@ def test_what_does_not_compare_ends_in_one_line(capsys):
     run = read_json(two)
     Path("weights.pth").write_bytes(bytes(range(256)) * 4000)
     sets = run["sets"] | {"svhn": run["sets"]["svhn"] | {"digest": "others"}}
+    unknown = write_evaluation("unknown", 0, draw_figures(1)[0])  # as the published figures
+    edit(unknown, sets={name: {"kind": kind} for name, kind in SETS.items()}, scores={})
     many = [row | {"auroc": "many"} for row in run["rows"]]
     for parts, message in (
         ({"sets": sets}, "r0.ood.json and r1.ood.json differ in the content of set svhn"),
@@ -276,7 +287,8 @@ def test_what_does_not_compare_ends_in_one_line(capsys):
         score = parts if parts == "odin" else "msp"
         other = edit(two, **run | parts) if isinstance(parts, dict) else parts
         with pytest.raises(SystemExit) as stop:
-            compare.main(compare.Config((one, whole if parts == "odin" else other), score))
+            files = (unknown, one, whole if parts == "odin" else other)
+            compare.main(compare.Config(files, score))
         err = capsys.readouterr().err
         assert stop.value.code == 2 and message in err
         assert err.count("\n") == 1 and len(err) < 300, err

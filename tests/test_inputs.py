@@ -174,7 +174,7 @@ def test_a_windows_path_in_a_log_is_the_same_folder(in_tiny_run):
     torch.save(state, "cut.resume.pth")
     train_quietly("pets", "cut.pth", resume=True)
     assert same_bits("cut.pth", "whole.pth")
-    run = evaluation.describe_run("", torch.nn.Linear(1, 1), state["log"])
+    run = evaluation.describe_run(Path("x"), torch.nn.Linear(1, 1), state["log"])
     assert run["training"]["settings"]["dataset"] == "pets"
 
 
@@ -222,6 +222,28 @@ def test_state_dicts_of_other_tools_are_read(entry, prefix, in_tiny_run, capsys)
     assert torch.equal(train.load_network("m.pth")[0].weight, state["0.weight"])
 
 
+class Wrapped(torch.nn.Module):
+    """A head before its backbone, without a bias, in an attribute `module`."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = torch.nn.Linear(4, num_classes, bias=False)
+        self.module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 32), torch.nn.Flatten())
+
+    def forward(self, images):
+        return self.head(self.module(images))
+
+
+def test_a_network_of_another_form_is_loaded_again(in_tiny_run, monkeypatch):
+    monkeypatch.setattr(train, "build_network", lambda num_classes, stem: Wrapped(num_classes))
+    model = train_quietly("pets", "new.pth", epochs=1)
+    loaded = train.load_network("new.pth").state_dict()
+    torch.testing.assert_close(loaded, model.state_dict(), rtol=0, atol=0)
+    monkeypatch.setattr(train, "build_network", lambda num_classes, stem: Wrapped(20))
+    with pytest.raises(InputError, match="must have num_classes outputs"):
+        train_quietly("pets", "other.pth", epochs=1)
+
+
 def test_what_does_not_fit_is_told_in_one_short_line(in_tiny_run):
     state = torch.load("digits_resnet18.pth", weights_only=True)
     first, *_, last = state
@@ -252,6 +274,9 @@ def test_patterns_are_expanded_where_no_shell_does(in_tiny_run, command):
     assert status == 0 and out.count("Error Rate") == 2
     status, _, err = command(*flags, "?8.pth")
     assert status == 2 and "No checkpoint at ?8.pth" in err
+    shutil.copy("digits_resnet18.pth", "[9].pth")
+    shutil.copy("a.pth", "9.pth")  # of two classes
+    assert command(*flags, "[9].pth")[0] == 0
     status, out, _ = command("experiments/compare.py", "?9.ood.json")
     assert status == 0 and "they count once" in out
 

@@ -153,13 +153,23 @@ def test_words_in_the_code_do_not_count_and_what_is_computed_does(old, new, same
     assert train.digest_code({"train.py": CODE, "losses.py": "A = 1"}) != digest
 
 
+def test_settings_are_left_out_in_train_only():
+    other = CODE.replace("0.1", "0.2")
+    digest = train.digest_code({"train.py": CODE, "losses.py": CODE})
+    assert train.digest_code({"train.py": other, "losses.py": CODE}) == digest
+    assert train.digest_code({"train.py": CODE, "losses.py": other}) != digest
+
+
 def test_the_log_holds_every_file_that_is_imported(tmp_path):
     """As Python reads them: with a byte order mark, or in the encoding that a line names."""
     (tmp_path / "nets").mkdir()
     texts = {
         "train.py": "import os, losses\nfrom nets.small import build\n",
         "losses.py": "def smooth():\n    from extra import é\n",
-        "nets/small.py": "build = 1\n",
+        "nets/small.py": "from . import blocks\nfrom .heads import head\nbuild = 1\n",
+        "nets/__init__.py": "",
+        "nets/blocks.py": "width = 64\n",
+        "nets/heads.py": "head = 1\n",
         "extra.py": "# coding: latin-1\né = 1\n",
         "other.py": "import train\n",
     }
