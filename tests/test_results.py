@@ -40,6 +40,10 @@ def test_the_figures_are_of_these_weights():
     """The checkpoint was rounded to float16: its log and experiments name the rounded file."""
     digest = hashlib.sha256(PATH.read_bytes()).hexdigest()
     assert read("cifar100_seed0.json")["sha256"] == digest
+    model = resnet18(num_classes=100)
+    model.load_state_dict(torch.load(PATH, weights_only=True))
+    run = evaluation.describe_run(PATH, model, None)
+    assert run["checkpoint"] == FIVE[0]["checkpoint"]
     for name in ("published_test_pass", "detectors"):
         assert read(f"{name}.json")["checkpoints"][0]["sha256"] == digest, name
 
