@@ -310,7 +310,7 @@ def digest(loader):
 
 
 def path_name(path):
-    """The last part of a path of any system, in composed letters: a Mac writes them apart."""
+    """The last part of a path of any system; a Mac decomposes accented letters, others do not."""
     name = os.path.basename(str(path).replace("\\", "/").rstrip("/"))
     return unicodedata.normalize("NFC", name)
 
@@ -385,7 +385,7 @@ def grey_to_rgb(images):
 
 
 def fixed_order(count):
-    """A permutation: the first images of a sorted folder share a class."""
+    """A fixed permutation; without it, the first images of a sorted folder share a class."""
     return np.random.default_rng(0).permutation(count)
 
 

@@ -26,8 +26,8 @@ RECALL_LEVEL = 0.95  # FPR95: the true positive rate at which the false positive
 PERFORMANCE_LINE = "AUROC: {:.4f}, AUPR: {:.4f}, FPR95: {:.4f}"  # as published, in percent
 
 # Types of settings, which `check` checks.
-Size = Annotated[int, Field(gt=0, lt=2**31)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Natural = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, BeforeValidator(lambda name: str(name) if isinstance(name, Path) else name)]
 UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 
@@ -101,7 +101,8 @@ def get_logits(model, dataloader):
     model.eval()
     with full_precision(parameter.device):
         for images, targets, *_ in tqdm(dataloader, "scoring", delay=1, leave=False, disable=None):
-            low, high = images.amin(), images.amax()  # resizing overshoots [0, 1] a little
+            # Normalised images lie within -2.5 and 3; others in [0, 255], or about [0, 1].
+            low, high = images.amin(), images.amax()
             normalised = normalised or bool(low < -0.5 or 1.3 < high < 3)
             images = images.to(parameter.device, parameter.dtype)
             logits.append(model(images).float().cpu())
@@ -269,7 +270,7 @@ def write_file(path, content):
 
 
 RUN_FILES = (".val.ood.npz", ".val.ood.json", ".ood.npz", ".ood.json", ".json")
-RUN_FILES += (".pth", ".resume.pth")  # last: after a kill the rest goes to the same name
+RUN_FILES += (".pth", ".resume.pth")  # moved last: after a kill, the rest still has a free name
 
 
 def set_aside(path, endings=RUN_FILES):

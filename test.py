@@ -31,7 +31,7 @@ from tyro.conf import arg
 import ood_data
 import ood_utils
 import train
-from ood_utils import SCORES, InputError, Name, Seed, Size, UserPath
+from ood_utils import SCORES, InputError, Name, Natural, Positive, UserPath
 
 CLOSED_SET_HELP = f"{ood_data.CLOSED_SET_NAMES}; by default that of the first checkpoint's log"
 OodTypes = Annotated[tuple[Name, ...], arg(help=ood_data.OOD_SET_NAMES)]
@@ -47,13 +47,13 @@ class Config:
     split: Literal["test", "validation"] = "test"  # validation: see train.py --validation
     ood_types: OodTypes = ("gaussian", "rademacher", "blob", "svhn")
     score: Literal[tuple(SCORES)] = "msp"  # what is printed
-    batch_size: Size = ood_data.EVAL_BATCH_SIZE  # affects speed and memory only
-    seed: Seed = ood_data.NOISE_SEED  # of the noises
+    batch_size: Positive = ood_data.EVAL_BATCH_SIZE  # affects speed and memory only
+    seed: Natural = ood_data.NOISE_SEED  # of the noises
     device: str | None = None  # by default the first available of cuda, mps and cpu
     output: UserPath | None = None  # folder to write to, by default that of each checkpoint
 
 
-OOD_SHARE = 5  # test images per OOD image; AUPR's chance level depends on it
+TEST_PER_OOD = 5  # test images per OOD image; AUPR's chance level depends on it
 CLOSED = "closed set"
 SPLIT = "right / wrong"  # correctly classified test images against misclassified ones
 RESERVED = (CLOSED, "error rate", "mean of noises", "mean of image sets")  # rows of tables
@@ -142,7 +142,7 @@ def load_sets(config, path):
     device = ood_utils.pick_device(config.device)
     common = {"batch_size": config.batch_size, "data_root": config.data_root, "device": device}
     loaders = {CLOSED: train.get_loader(False, dataset, validation=held_out, **common)}
-    count = max(1, len(loaders[CLOSED].images) // OOD_SHARE)
+    count = max(1, len(loaders[CLOSED].images) // TEST_PER_OOD)
     skipped = {}
     for name, ood_type in names.items():
         try:
@@ -238,7 +238,7 @@ def check_error_rate(evaluation):
     if not training or training["tested_on"] != closed["digest"]:
         return
     error_rate, logged = evaluation["error_rate"], 100 * (1 - training["accuracy"][-1])
-    if abs(error_rate - logged) > max(0.5, 200 / closed["images"]):
+    if abs(error_rate - logged) > max(0.5, 200 / closed["images"]):  # two images; devices: 0.04
         rates = f"an error rate of {error_rate:.2f}, but {logged:.2f} by its log"
         path = evaluation["checkpoint"]["path"]
         raise InputError(f"{path} has {rates}: evaluate it with the code that trained it.")

@@ -40,7 +40,7 @@ from tyro.conf import arg
 import ood_data
 import ood_utils
 from ood_data import ImageLoader, memory_format, normalise, to_input
-from ood_utils import InputError, Name, Seed, Size, UserPath
+from ood_utils import InputError, Name, Natural, Positive, UserPath
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -51,10 +51,10 @@ class Config:
 
     dataset: Annotated[Name, arg(help=ood_data.CLOSED_SET_NAMES)] = "cifar100"
     data_root: UserPath = ood_data.DATA_ROOT  # where torchvision's data sets are
-    validation: Seed = 0  # training images to hold out and measure accuracy on, instead of test
+    validation: Natural = 0  # training images to hold out and measure accuracy on, instead of test
     checkpoint: UserPath | None = None  # by default <dataset>_resnet18[_seed<N>].pth
-    epochs: Size = 100  # passes over the training images
-    batch_size: Size = 128  # images per step
+    epochs: Positive = 100  # passes over the training images
+    batch_size: Positive = 128  # images per step
     lr: PositiveFloat = 0.1  # initial learning rate
     momentum: Fraction = 0.9
     weight_decay: NonNegativeFloat = 1e-4
@@ -63,13 +63,15 @@ class Config:
     milestones: tuple[Fraction, ...] = (0.5, 0.75)  # steps: fractions of the run at which it drops
     gamma: PositiveFloat = 0.1  # steps: its factor at a milestone
     stem: Literal["imagenet", "cifar"] = "imagenet"  # 7x7 stride 2 and max-pool, or 3x3 stride 1
-    seed: Seed = 0  # of weights, order and augmentation
+    seed: Natural = 0  # of weights, order and augmentation
     device: str | None = None  # by default the first available of cuda, mps and cpu
     precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 if native
     resume: bool = False  # continue the unfinished run of this checkpoint
 
 
-EAGER_STEPS = 3  # of each epoch on CUDA, before capture_step; math.inf: no capture
+# On CUDA, capture_step follows in each epoch, with its learning rate; math.inf: no capture. By
+# then the optimizer has its state, and cuDNN its kernels.
+EAGER_STEPS = 3
 SAVE_SECONDS = 10  # at least, between saves: one may take longer than an epoch
 
 
@@ -94,7 +96,7 @@ def crop_and_flip(images, generator, padding=4):
     padded = F.pad(images, (padding,) * 4)
     windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # (N, 3, 9, 9, 32, 32), a view
     each = torch.arange(count, device=images.device)
-    crops = windows[each, :, row, column]
+    crops = windows[each, :, row, column]  # (N, 3, 32, 32), one window of each image
     return torch.where(flip, crops.flip(3), crops)
 
 
@@ -237,8 +239,8 @@ def build_optimizer(model, config):
 
 def train_step(model, optimizer, images, labels, config):
     """One SGD step on images (N, 3, 32, 32) and labels (N,); return the mean loss, on device."""
-    half = config.precision == "bfloat16"
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+    mixed = config.precision == "bfloat16"
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=mixed):
         loss = F.cross_entropy(model(images), labels, label_smoothing=config.label_smoothing)
     optimizer.zero_grad()
     loss.backward()
@@ -291,7 +293,7 @@ def get_accuracy(model, loader):
 
 
 def set_seed(seed):
-    """Seed every generator that an edited augmentation or network may draw from."""
+    """Natural every generator that an edited augmentation or network may draw from."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -307,14 +309,14 @@ def run_epoch(epoch, model, optimizer, rates, loaders, config):
     train_loader.epoch = epoch
     set_seed(ood_data.mix_seed(config.seed, epoch))  # dropout draws the same after a resume
     loss = train_epoch(model, optimizer, train_loader, config)
-    rate = len(train_loader.images) / (time.perf_counter() - start)
+    speed = len(train_loader.images) / (time.perf_counter() - start)
     accuracy = get_accuracy(model, test_loader)
     split = "validation" if config.validation else "test"
     lr, seconds = config.lr * factor, time.perf_counter() - start
     left = timedelta(seconds=round(seconds * (config.epochs - epoch - 1)))
     print(
         f"epoch {epoch + 1:3d}/{config.epochs}  loss {loss:.4f}  {split} accuracy "
-        f"{accuracy:.2%}  lr {lr:g}  {seconds:.1f} s  {rate:.0f} images/s  {left} left",
+        f"{accuracy:.2%}  lr {lr:g}  {seconds:.1f} s  {speed:.0f} images/s  {left} left",
         flush=True,
     )
     figures = {"epoch": epoch + 1, "loss": loss, f"{split}_accuracy": accuracy}

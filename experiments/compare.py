@@ -261,7 +261,7 @@ def compare_means(base, other):
     """Return (difference of the means, low, high, p): Welch's test and its 95% interval.
 
     base, other: a figure of each run, (N,) and (M,). NaN for one run on a side, and where
-    nothing varies: a few test images round the error rates, seeds do not agree like that.
+    nothing varies: equal error rates on a few test images are rounding, not certainty.
     """
     base, other = np.asarray(base), np.asarray(other)
     difference = other.mean() - base.mean()
@@ -274,12 +274,12 @@ def compare_means(base, other):
 
 def holm(p_values, level=0.05):
     """Which of many p-values are significant after Holm's correction; NaN never is."""
-    p_values = np.asarray(p_values, dtype=float)
-    order = np.argsort(p_values)  # NaN last
-    limits = level / np.arange(np.sum(~np.isnan(p_values)), 0, -1)
-    below = np.minimum.accumulate(p_values[order][: len(limits)] < limits)
     significant = np.zeros(len(p_values), dtype=bool)
-    significant[order[: len(limits)]] = below
+    order = [i for i in np.argsort(p_values) if not np.isnan(p_values[i])]
+    for rank, i in enumerate(order):
+        if p_values[i] >= level / (len(order) - rank):
+            break
+        significant[i] = True
     return significant
 
 
