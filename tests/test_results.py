@@ -14,6 +14,7 @@ from torchvision.models import resnet18
 import ood_data
 import ood_utils
 import test as evaluation
+import train
 from experiments import compare, detectors, published_test_pass
 
 README = (ROOT / "README.md").read_text()
@@ -96,6 +97,7 @@ def test_every_evaluated_run_has_its_log(path):
     described = evaluation.describe_run(path, torch.nn.Linear(1, 1), log)
     assert run["training"] == described["training"]
     assert log["config"]["epochs"] == len(log["epochs"]) == run["training"]["epochs_done"]
+    assert not log["sources"] or log["code"] == train.digest_code(log["sources"])
     if "test_accuracy" in log["epochs"][-1]:
         error_rate = 100 * (1 - log["epochs"][-1]["test_accuracy"])
         assert error_rate == pytest.approx(run["error_rate"], abs=0.1)  # some are of float16
@@ -114,6 +116,7 @@ def test_ci_runs_the_set_up_commands_of_the_readme():
     (RESULTS, ["cifar100_seed?", "wd5e-4_seed?"]),
     (RESULTS, ["cifar100_seed?", "steps30_seed?", "cosine30_seed?"]),
     (RESULTS, ["steps30_validation", "cosine30_validation"]),
+    (RESULTS, ["cifar100_seed?", "redesign_seed?"]),
 ])  # fmt: skip
 def test_tables_are_what_compare_prints(text, patterns, capsys, monkeypatch):
     """The comparison of groups; of a single group one of its two tables."""
