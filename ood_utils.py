@@ -101,9 +101,8 @@ def get_logits(model, dataloader):
     model.eval()
     with full_precision(parameter.device):
         for images, targets, *_ in tqdm(dataloader, "scoring", delay=1, leave=False, disable=None):
-            # Normalised images lie within -2.5 and 3; others in [0, 255], or about [0, 1].
-            low, high = images.amin(), images.amax()
-            normalised = normalised or bool(low < -0.5 or 1.3 < high < 3)
+            if not normalised:  # these lie within -2.5 and 3, others in [0, 255] or about [0, 1]
+                normalised = bool(images.amin() < -0.5 or 1.3 < images.amax() < 3)
             images = images.to(parameter.device, parameter.dtype)
             logits.append(model(images).float().cpu())
             labels.append(torch.as_tensor(targets).cpu())
