@@ -91,8 +91,7 @@ def evaluate(config=None):
         try:
             print_report(evaluation, config.score)
         finally:  # also if nobody reads the report
-            arrays = pack(scores, predictions, loaders)
-            write(evaluation, arrays, output_path(config, path))
+            write(evaluation, scores, predictions, loaders, output_path(config, path))
     return evaluations
 
 
@@ -200,9 +199,8 @@ def load_run(path, loaders, asked):
         raise InputError(f"{path} was trained with another MEAN and STD than ood_data.py has.")
     if asked["split"] == "validation" and log["tested_on"] != ood_data.digest(closed):
         raise InputError(f"{path} did not hold out these validation images.")
-    notes = []
-    if len(log["epochs"]) < log["config"]["epochs"]:
-        notes.append(f"unfinished, {len(log['epochs'])} of {log['config']['epochs']} epochs")
+    done, epochs = len(log["epochs"]), log["config"]["epochs"]
+    notes = [f"unfinished, {done} of {epochs} epochs"] if done < epochs else []
     if log["config"]["dataset"] != asked["dataset"]:
         notes.append(f"trained on {log['config']['dataset']}")
     if log["code"] not in (None, train.digest_code(train.SOURCES)):
@@ -320,18 +318,17 @@ def print_report(evaluation, score):
     print(tabulate(table, headers, "pipe", floatfmt=".2f", missingval="n/a"), flush=True)
 
 
-def pack(scores, predictions, loaders):
-    """The arrays of the .npz: what any other metric needs."""
+def write(evaluation, scores, predictions, loaders, path):
+    """Write X.ood.npz and X.ood.json for a path X.pth; what differs there keeps another name.
+
+    The .npz has what any other metric needs.
+    """
     arrays = {"score_names": list(SCORES), "labels": loaders[CLOSED].labels.cpu().numpy()}
     arrays["predictions"] = predictions[CLOSED]
-    arrays |= {f"scores/{name}": array for name, array in scores.items()}
-    arrays |= {f"predictions/{name}": array for name, array in predictions.items()}
-    named = {name: loader.files for name, loader in loaders.items() if loader.files}
-    return arrays | {f"files/{name}": files for name, files in named.items()}
-
-
-def write(evaluation, arrays, path):
-    """Write X.ood.npz and X.ood.json for a path X.pth; what differs there keeps another name."""
+    for name, loader in loaders.items():
+        arrays |= {f"scores/{name}": scores[name], f"predictions/{name}": predictions[name]}
+        if loader.files:
+            arrays[f"files/{name}"] = loader.files
     file, content = path.with_suffix(".ood.json"), io.BytesIO()
     np.savez_compressed(content, **arrays)
     text = json.dumps(evaluation, indent=1).encode()

@@ -24,14 +24,9 @@ import tyro
 from scipy import stats
 from tyro.conf import Positional
 
-SPLIT = "right / wrong"
-METRICS = {
-    "auroc": "AUROC",
-    "aupr": "AUPR, in-distribution positive",
-    "fpr95": "FPR95, in-distribution positive",
-    "aupr_out": "AUPR, OOD positive",
-    "fpr95_out": "FPR95, OOD positive",
-}
+METRICS = {"auroc": "AUROC", "aupr": "AUPR, in-distribution positive"}
+METRICS |= {"fpr95": "FPR95, in-distribution positive"}
+METRICS |= {"aupr_out": "AUPR, OOD positive", "fpr95_out": "FPR95, OOD positive"}
 AGED = ("data",)  # entries that older logs lack: not compared where one is missing
 DIFF_LINES = 40  # at most, of two codes
 
