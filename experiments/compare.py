@@ -51,7 +51,8 @@ def main(config):
         fail("Pass the .ood.json files of runs.")
     runs = [read(file, config.score) for file in files]
     check_contents(runs)
-    name_groups(runs, config.ignore_code)
+    key_runs(runs, config.ignore_code)
+    name_groups(runs)
     groups = {}
     for run in drop_copies(runs):
         groups.setdefault(run["group"], []).append(run)
@@ -108,33 +109,37 @@ def check_contents(runs):
                 fail(f"{file} and {run['file']} differ in the content of {name}.")
 
 
-def name_groups(runs, ignore_code):
-    """Give each run its "stem", and its "group": the stem and every setting that differs."""
+def key_runs(runs, ignore_code):
+    """Give each run its "log", its "known" settings, and a "key" that runs of a group share."""
     for run in runs:
-        run["log"] = run["training"] or {"settings": {}, "seed": run["file"]}
+        run["log"] = run["training"] or {"settings": {"file": run["file"]}, "seed": run["file"]}
         others = {name: run["log"].get(name) for name in ("epochs_done", "data", "code")}
         run["known"] = run["log"]["settings"] | others
         if ignore_code:
             del run["known"]["code"]
+    for known in [run["known"] for run in runs]:
+        for name in AGED:  # taken from the only setting that is equal otherwise
+            others = [run["known"] for run in runs if run["known"] | {name: 0} == known | {name: 0}]
+            values = {other[name] for other in others} - {None}
+            if known[name] is None and len(values) == 1:
+                (known[name],) = values
+    for run in runs:
+        run["key"] = json.dumps(run["known"], sort_keys=True)
+
+
+def name_groups(runs):
+    """Give each run its "stem", and its "group": the stem and every setting that differs."""
     logged = [run["known"] for run in runs if run["training"]]
     names = dict.fromkeys(name for known in logged for name in known)
-    for known in logged:
-        for name in AGED:  # taken from the only setting that is equal otherwise
-            same = {other[name] for other in logged if other | {name: 0} == known | {name: 0}}
-            if known[name] is None and len(same - {None}) == 1:
-                (known[name],) = same - {None}
-    for run in runs:
-        values = [run["known"].get(name) for name in names]
-        run["key"] = json.dumps(values if run["training"] else run["file"])
     keys = {}
     for run in runs:
-        members = [other for other in runs if other["key"] == run["key"]]
-        stems = [Path(other["file"]).name.removesuffix(".ood.json") for other in members]
+        files = [other["file"] for other in runs if other["key"] == run["key"]]
+        stems = [Path(file).name.removesuffix(".ood.json") for file in files]
         run["stem"] = os.path.commonprefix(stems) or stems[0]
         parts = [describe(name, run, runs[0]) for name in names if differs(name, run, logged)]
         title = f"{run['stem']}: {', '.join(filter(None, parts))}".removesuffix(": ")
         same = keys.setdefault(title, run["key"]) == run["key"]
-        run["group"] = title if same else f"{title} ({members[0]['file']})"
+        run["group"] = title if same else f"{title} ({files[0]})"
 
 
 def differs(name, run, logged):
