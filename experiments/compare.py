@@ -153,7 +153,7 @@ def describe(name, run, base):
     """A setting in which runs differ, as text; "" where another one implies it."""
     value = run["known"].get(name)
     if name == "epochs_done":
-        return "" if value == run["known"]["epochs"] else f"only {value} epochs done"
+        return "" if value == run["known"].get("epochs") else f"only {value} epochs done"
     if name == "classes":
         return f"{len(value or [])} classes"
     return f"code {first_change(base, run)}" if name == "code" else f"{name} {value}"
