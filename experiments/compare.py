@@ -246,7 +246,8 @@ def first_change(base, run):
 def print_code_differences(groups):
     (base, *_), *others = groups.values()
     for run, *_ in others:
-        lines = diff_codes(base, run) if run["known"]["code"] != base["known"]["code"] else []
+        same = run["log"].get("code") == base["log"].get("code")
+        lines = [] if same else diff_codes(base, run)
         if lines:
             print(f"The code of {run['stem']} against that of {base['stem']}:")
             print("\n".join(lines[:DIFF_LINES]))

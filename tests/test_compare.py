@@ -237,7 +237,8 @@ def test_groups_are_named_by_what_differs(runs, names, printed):
 
 
 def test_ignore_code_groups_by_settings_and_data(printed):
-    assert "of 2 runs" in printed(*write_runs({}, {"code": "e"}), ignore_code=True)
+    out = printed(*write_runs({}, {"code": "e"}, {"lr": 9}), ignore_code=True)
+    assert "of 2 runs" in out and "r2: lr 9 (1 run)" in out
 
 
 def test_runs_without_a_log_are_groups_of_their_own(printed):
