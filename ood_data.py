@@ -204,6 +204,8 @@ def build_ood_loader(noise_type, ood_num_examples, seed=NOISE_SEED, data_root=DA
     """
     name, count = str(noise_type), ood_num_examples
     folder = Path(os.path.expanduser(name))
+    if min(count, options.get("batch_size", 1)) < 1:
+        raise InputError("The number of images and the batch size must be at least 1.")
     if name in NOISES:
         rng = np.random.default_rng((seed, *name.encode()))
         images = torch.as_tensor(NOISES[name](rng, count))

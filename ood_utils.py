@@ -83,6 +83,8 @@ def get_ood_scores(model, dataloader, closed_set=False, score=msp):
     scores = score(logits.double()).numpy()
     if not closed_set:
         return scores
+    if (labels < 0).any():
+        raise InputError("The closed set needs a label for every image.")
     correct = (logits.argmax(1) == labels).numpy()
     return scores, scores[correct], scores[~correct]
 
@@ -150,10 +152,12 @@ def last_layer(model):
 def as_scores(scores):
     """Numbers as float64 (N,), or InputError, a ValueError."""
     if torch.is_tensor(scores):
-        scores = scores.detach().cpu().double()
-    masked = np.ma.is_masked(scores)
+        scores = scores.detach().cpu()
+        scores = scores.double().numpy() if scores.is_floating_point() else scores.numpy()
+    if np.ma.is_masked(scores) or np.asarray(scores).dtype.kind not in "fiu":
+        raise InputError("Scores must be real numbers, none of them masked.")
     scores = np.asarray(scores, dtype=np.float64)
-    if masked or not scores.size or scores.squeeze().ndim > 1 or not np.isfinite(scores).all():
+    if not scores.size or scores.squeeze().ndim > 1 or not np.isfinite(scores).all():
         raise InputError(f"Scores must be finite, (N,) with N > 0, not {str(scores)[:60]}.")
     return scores.ravel()
 

@@ -141,6 +141,9 @@ def test_the_first_images_of_a_folder_are_not_all_of_one_class(tmp_path):
 def test_an_unknown_set_is_refused():
     with pytest.raises(ValueError, match="Unknown OOD type 'fog': use .*gaussian, .*, or a folder"):
         build_ood_loader("fog", 10)
+    for options in ({"ood_num_examples": -5}, {"ood_num_examples": 10, "batch_size": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            build_ood_loader("photos", **options)
 
 
 @pytest.mark.parametrize("name", ["svhn", "cifar10", "mnist", "textures"])
