@@ -75,10 +75,10 @@ def evaluate(config=None):
     evaluations = []
     for path in paths:
         try:
-            model, log = load_run(path, loaders, conditions["config"])
+            model, log = load_run(path, loaders, conditions)
             scores, predictions = score_sets(model, loaders, path)
             evaluation = describe_run(path, model, log) | conditions
-            evaluation |= measure(scores, predictions, loaders)
+            evaluation |= measure(scores, predictions, loaders, conditions["sets"])
             check_error_rate(evaluation)
         except InputError as error:
             if len(paths) == 1:
@@ -127,9 +127,10 @@ def load_sets(config, path):
     path: of a checkpoint, whose log names the closed set. An unavailable OOD set is listed
     under "skipped". Raises InputError for a mistake.
     """
-    log = train.read_run(path)["log"]
+    run = train.read_run(path)
+    log = run["log"]
     if not (log or config.dataset):
-        classes = ood_utils.last_layer(train.load_network(path)).out_features
+        classes = ood_utils.last_layer(train.load_network(path, run)).out_features
         if classes != 100:
             raise InputError(f"{path} has no log and {classes} classes: pass --dataset.")
     trained_on = log["config"] if log else asdict(train.Config())
@@ -151,8 +152,13 @@ def load_sets(config, path):
     asked = {"dataset": dataset, "split": config.split, "seed": config.seed}
     conditions = {"config": asked | {"ood_types": list(names)}, **ood_utils.describe(device)}
     print(f"device: {conditions['device']}, float32", file=sys.stderr)
-    scores = {name: digest_score(score) for name, score in SCORES.items()}
-    return conditions | {"skipped": skipped, "scores": scores}, loaders
+    conditions |= {"skipped": skipped, "sets": {}}
+    conditions["scores"] = {name: digest_score(score) for name, score in SCORES.items()}
+    for name, loader in loaders.items():
+        kind = "noise" if name in ood_data.NOISES else "images"
+        of_set = {"kind": kind, "images": len(loader.images), "digest": ood_data.digest(loader)}
+        conditions["sets"][name] = of_set
+    return conditions, loaders
 
 
 def name_sets(ood_types, dataset):
@@ -182,13 +188,10 @@ def digest_score(score):
     return hashlib.sha256(" ".join(f"{value:.6g}" for value in values).encode()).hexdigest()[:8]
 
 
-def load_run(path, loaders, asked):
-    """Return a network on the device and its log, or InputError if it is for other images.
-
-    asked: the "config" of the conditions.
-    """
-    log, closed = train.read_run(path)["log"], loaders[CLOSED]
-    model = train.load_network(path).to(closed.images.device)
+def load_run(path, loaders, conditions):
+    """Return a network on the device and its log, or InputError if it is for other images."""
+    run, closed, asked = train.read_run(path), loaders[CLOSED], conditions["config"]
+    log, model = run["log"], train.load_network(path, run).to(closed.images.device)
     outputs = ood_utils.last_layer(model).out_features
     if outputs != len(closed.classes) or (log and log["classes"] != closed.classes):
         raise InputError(f"{path} was trained on {outputs} classes, not on these: pass --dataset.")
@@ -197,7 +200,7 @@ def load_run(path, loaders, asked):
     mean_and_std = [list(ood_data.MEAN), list(ood_data.STD)]
     if [log["config"]["mean"], log["config"]["std"]] != mean_and_std:
         raise InputError(f"{path} was trained with another MEAN and STD than ood_data.py has.")
-    if asked["split"] == "validation" and log["tested_on"] != ood_data.digest(closed):
+    if asked["split"] == "validation" and log["tested_on"] != conditions["sets"][CLOSED]["digest"]:
         raise InputError(f"{path} did not hold out these validation images.")
     done, epochs = len(log["epochs"]), log["config"]["epochs"]
     notes = [f"unfinished, {done} of {epochs} epochs"] if done < epochs else []
@@ -266,17 +269,15 @@ def compare_groups(pos, neg):
     return row
 
 
-def measure(scores, predictions, loaders):
-    """Return the figures of a network, and what the JSON holds of each set beside its rows."""
+def measure(scores, predictions, loaders, sets):
+    """Return the figures of a network; sets: of the conditions, what is known of each set."""
     correct = predictions[CLOSED] == loaders[CLOSED].labels.cpu().numpy()
     figures = {"error_rate": 100 * (1 - correct.mean()), "threshold": {}, "aurc": {}, "augrc": {}}
     figures |= {"sets": {}, "rows": []}
-    for name, loader in loaders.items():
-        kind = "noise" if name in ood_data.NOISES else "images"
+    for name, of_set in sets.items():
         effective, largest = ood_utils.predicted_classes(predictions[name])
-        of_set = {"kind": kind, "images": len(loader.images), "digest": ood_data.digest(loader)}
-        of_set |= {"effective_classes": effective, "largest_share": 100 * largest}
-        figures["sets"][name] = of_set
+        predicted = {"effective_classes": effective, "largest_share": 100 * largest}
+        figures["sets"][name] = of_set | predicted
     for column, score in enumerate(SCORES):
         closed = scores[CLOSED][:, column]
         figures["threshold"][score] = ood_utils.get_threshold(closed)

@@ -188,9 +188,12 @@ class SmallMapConv(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
 
 
-def load_network(path):
-    """Return the network of X.pth or X.resume.pth, in eval mode on the CPU, or raise InputError."""
-    run = read_run(path)
+def load_network(path, run=None):
+    """Return the network of X.pth or X.resume.pth, in eval mode on the CPU, or raise InputError.
+
+    run: what read_run returned for the path, if that was called before.
+    """
+    run = run or read_run(path)
     state = {str(name): value for name, value in run["model"].items() if torch.is_tensor(value)}
     stem = "cifar" if find_size(state, "conv1.weight", -1) == 3 else "imagenet"
     stem = run["log"]["config"]["stem"] if run["log"] else stem

@@ -117,7 +117,7 @@ def compare(config):
     training = train.get_loader(True, results["config"]["dataset"], augment=False, **options)
     results["rows"] = []
     for path in paths:
-        model, _ = evaluation.load_run(path, loaders, results["config"])
+        model, _ = evaluation.load_run(path, loaders, results)
         last = copy.deepcopy(ood_utils.last_layer(model)).cpu().requires_grad_(False)
         to_fit = represent(model, last, training)
         sets = {name: represent(model, last, loader) for name, loader in loaders.items()}

@@ -57,13 +57,13 @@ def ask(config):
     results["config"]["score"] = config.score
     results["rows"] = []
     for path in paths:
-        network, _ = evaluation.load_run(path, loaders, results["config"])
+        network, _ = evaluation.load_run(path, loaders, results)
         for name, order in orders.items():
             model = copy.deepcopy(network)
             if order is not None:
                 published_test_pass(model, images, order)
             scores, predictions = evaluation.score_sets(model, loaders)
-            figures = evaluation.measure(scores, predictions, loaders)
+            figures = evaluation.measure(scores, predictions, loaders, results["sets"])
             of_pass = {"checkpoint": str(path), "test_pass": name}
             of_pass["error_rate"] = figures["error_rate"]
             results["rows"] += [of_pass | row for row in figures["rows"]]

@@ -51,10 +51,11 @@ def test_the_figures_are_of_these_weights():
 
 def test_every_figure_follows_from_the_raw_scores(monkeypatch):
     monkeypatch.setattr(evaluation, "SCORES", dict.fromkeys(STORED_SCORES))
-    photos = ood_data.build_ood_loader("photos", 10)  # stands for sets that need a download
-    loaders = dict.fromkeys(arrays_of("scores"), photos)
-    photos.labels = torch.from_numpy(ARRAYS["labels"])
-    figures = evaluation.measure(arrays_of("scores"), arrays_of("predictions"), loaders)
+    closed = ood_data.build_ood_loader("photos", 10)  # stands for the one that needs a download
+    closed.labels = torch.from_numpy(ARRAYS["labels"])
+    loaders = {evaluation.CLOSED: closed}
+    sets = dict.fromkeys(arrays_of("scores"), {})
+    figures = evaluation.measure(arrays_of("scores"), arrays_of("predictions"), loaders, sets)
     rows, stored_rows = figures.pop("rows"), FIVE[0]["rows"]
     for name, of_set in figures.pop("sets").items():
         for figure in ("effective_classes", "largest_share"):
