@@ -45,8 +45,6 @@ STD = (0.2023, 0.1994, 0.2010)
 
 
 # Noises: (rng, count) -> (count, 3, 32, 32) in the network's input space ----------------
-
-
 def gaussian(rng, count):
     """Normal noise with mean 0 and standard deviation 0.5, clipped to [-1, 1]."""
     return rng.normal(0, 0.5, (count, 3, 32, 32)).clip(-1, 1)
@@ -58,10 +56,8 @@ def rademacher(rng, count):
 
 
 def blob(rng, count):
-    """Bernoulli(0.7) values, blurred with sigma 1.5 over rows, columns and channels.
-
-    Values below 0.75 then become 0; x * 2 - 1.
-    """
+    """Bernoulli(0.7) values, blurred with sigma 1.5 over rows, columns and channels. Values
+    below 0.75 then become 0; x * 2 - 1."""
     from skimage.filters import gaussian as blur
 
     values = rng.binomial(1, 0.7, (count, 32, 32, 3)).astype(np.float32)
@@ -75,8 +71,6 @@ NOISES = {"gaussian": gaussian, "rademacher": rademacher, "blob": blob}
 
 
 # Closed sets: (data root, train) -> images uint8 (N, 3, 32, 32), labels, class names ----
-
-
 def read_cifar(dataset, root, train):
     data = fetch(dataset, root, train=train)
     return torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets, data.classes
@@ -107,54 +101,47 @@ CLOSED_SET_NAMES = f"{', '.join(CLOSED_SETS)}, or a folder with train/<class>/ a
 
 def read_class_folder(folder, split):
     """The images of folder/<split>/<class>/*; train/ must have the same classes."""
-    paths, train_paths = (
-        [path for path in (folder / name).iterdir() if path.is_dir() and is_shown(path)]
-        for name in (split, "train")
-    )
-    classes = sorted({path_name(path) for path in paths})
-    odd = sorted({path_name(path) for path in train_paths} ^ set(classes))
+    paths = {part: filter(is_shown, (folder / part).iterdir()) for part in (split, "train")}
+    paths = {part: [path for path in paths[part] if path.is_dir()] for part in paths}
+    names = {part: {path_name(path) for path in paths[part]} for part in paths}
+    odd, classes = names[split] ^ names["train"], sorted(names[split])
     if odd or not classes:
-        names = ", ".join(odd) or "any class"
-        raise InputError(f"{folder}: train/ and {split}/ do not both have {names}.")
-    labelled = [
-        (classes.index(path_name(path)), file)
-        for path in sorted(paths, key=path_name)
-        for file in find_images(path)
-    ]
-    labels, files = zip(*labelled, strict=True)
+        missing = ", ".join(sorted(odd)) or "any class"
+        raise InputError(f"{folder}: train/ and {split}/ do not both have {missing}.")
+    files, labels = [], []
+    for path in sorted(paths[split], key=path_name):
+        found = find_images(path)
+        files += found
+        labels += [classes.index(path_name(path))] * len(found)
     return decode_all(files), labels, classes
 
 
 def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
-    """Return images uint8 (N, 3, 32, 32), labels (N,), class names.
-
-    validation: how many training images to hold out, the same ones for every seed; of a
-    folder with val/, those instead. With train=False they take the place of the test images.
-    Raises InputError for an unknown set, OSError for an unavailable one.
-    """
-    folder, cut = Path(os.path.expanduser(dataset)), validation
+    """Return images uint8 (N, 3, 32, 32), labels (N,), class names. validation: how many
+    training images to hold out, the same ones for every seed; of a folder with val/, those
+    instead. With train=False they take the place of the test images. Raises InputError for an
+    unknown set, OSError for an unavailable one."""
+    folder = Path(os.path.expanduser(dataset))
     if dataset in CLOSED_SETS:
         images, labels, classes = CLOSED_SETS[dataset](data_root, train or validation > 0)
+    elif validation and (folder / "val").is_dir():
+        return read_class_folder(folder, "train" if train else "val")
     elif folder.is_dir():
         split = "train" if train or validation else "test"
-        if validation and (folder / "val").is_dir():
-            split, cut = "train" if train else "val", 0
         images, labels, classes = read_class_folder(folder, split)
     else:
         raise InputError(f"Unknown data set {dataset!r}: use {CLOSED_SET_NAMES}.")
     check_images(images, dataset)
-    if cut >= len(images):
-        raise InputError(f"--validation {cut} leaves none of the {len(images)} images.")
-    if cut:
+    if validation >= len(images):
+        raise InputError(f"--validation {validation} leaves none of the {len(images)} images.")
+    if validation:
         order = fixed_order(len(images))
-        chosen = np.sort(order[cut:] if train else order[:cut])
+        chosen = np.sort(order[validation:] if train else order[:validation])
         images, labels = images[chosen], np.asarray(labels)[chosen]
     return images, labels, list(classes)
 
 
 # OOD sets of images: (data root, count) -> uint8 (count or fewer, 3, 32, 32) ------------
-
-
 def read_svhn(root, count):
     data = fetch(datasets.SVHN, Path(root) / "svhn", split="test")
     return torch.from_numpy(data.data[:count])
@@ -196,12 +183,10 @@ OOD_SET_NAMES = f"{', '.join([*NOISES, *OOD_IMAGES])}, or a folder of images"
 
 def build_ood_loader(noise_type, ood_num_examples, seed=NOISE_SEED, data_root=DATA_ROOT, **options):
     """Return an ImageLoader over the first images of an OOD set, or all if there are fewer.
-
     noise_type: in NOISES or OOD_IMAGES, or a folder of images, which are taken in a fixed
     order. Batches are float32 (B, 3, 32, 32) in the network's input space, with labels -1. A
     noise is a function of (seed, name) only. options: batch_size and device of ImageLoader.
-    Raises InputError for an unknown set, OSError for an unavailable one.
-    """
+    Raises InputError for an unknown set, OSError for an unavailable one."""
     name, count = str(noise_type), ood_num_examples
     folder = Path(os.path.expanduser(name))
     if min(count, options.get("batch_size", 1)) < 1:
@@ -225,8 +210,6 @@ def build_ood_loader(noise_type, ood_num_examples, seed=NOISE_SEED, data_root=DA
 
 
 # Batches --------------------------------------------------------------------------------
-
-
 def memory_format(device):
     """channels_last, the faster one; on MPS its gradients are wrong (pytorch#175189)."""
     on_mps = torch.device(device).type == "mps"
@@ -309,8 +292,6 @@ def digest(loader):
 
 
 # Files and downloads --------------------------------------------------------------------
-
-
 def path_name(path):
     """The last part of a path of any system; a Mac decomposes accented letters, others do not."""
     name = os.path.basename(str(path).replace("\\", "/").rstrip("/"))
@@ -325,29 +306,24 @@ def is_shown(path):
 
 def find_images(folder):
     """The image files below a folder, sorted; links are followed, each folder is read once."""
-    found, seen = [], set()
-
-    def stop(error):
-        raise error
-
-    for root, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        if os.path.realpath(root) in seen:
-            folders.clear()
+    found, folders, seen = [], [folder], set()
+    for current in folders:  # which grows
+        if current.resolve() in seen:
             continue
-        seen.add(os.path.realpath(root))
-        folders[:] = sorted(name for name in folders if is_shown(Path(root, name)))
-        paths = [Path(root, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
-        found += [path for path in paths if is_shown(path) and path.is_file()]
+        seen.add(current.resolve())
+        for path in filter(is_shown, sorted(map(Path, os.scandir(str(current))))):
+            if path.is_dir():
+                folders.append(path)
+            elif path.suffix.lower() in IMG_EXTENSIONS and path.is_file():
+                found.append(path)
     if not found:
         raise InputError(f"{folder} holds no image ({' '.join(IMG_EXTENSIONS)}).")
     return sorted(found, key=lambda file: file.relative_to(folder).parts)
 
 
 def decode(path):
-    """uint8 (3, 32, 32) of an image file: shorter side to 32, centre crop.
-
-    Rotated by EXIF, transparency over white. Raises InputError, also for pixels without 8 bits.
-    """
+    """uint8 (3, 32, 32) of an image file: shorter side to 32, centre crop. Rotated by EXIF,
+    transparency over white. Raises InputError, also for pixels without 8 bits."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith(("I", "F")):
@@ -364,20 +340,13 @@ def decode(path):
 
 def decode_all(paths):
     """uint8 (N, 3, 32, 32) of N image files; InputError names the first that are not readable."""
-
-    def attempt(path):
-        try:
-            return decode(path)
-        except InputError as error:
-            return str(error)
-
     with ThreadPoolExecutor() as pool:
-        images = pool.map(attempt, paths)
-        images = list(tqdm(images, "decoding", len(paths), delay=1, disable=None))
-    bad = [text for text in images if isinstance(text, str)]
+        jobs = [pool.submit(decode, path) for path in paths]
+        errors = [job.exception() for job in tqdm(jobs, "decoding", delay=1, disable=None)]
+    bad = [str(error) for error in errors if isinstance(error, InputError)]
     if bad:
         raise InputError(f"Fix or remove {len(bad)} files: {', '.join(bad[:3])}.")
-    return torch.stack(images)
+    return torch.stack([job.result() for job in jobs])
 
 
 def grey_to_rgb(images):
@@ -400,7 +369,5 @@ def fetch(dataset, root, **split):
         with ood_utils.lock(root / f".{name}.lock"), contextlib.redirect_stdout(sys.stderr):
             return dataset(root, download=True, **split)
     except Exception as error:
-        raise OSError(
-            f"{name} is missing or damaged under {root} and could not be downloaded ({error}): "
-            "copy it there. digits and photos need no download."
-        ) from error
+        missing = f"{name} is missing or damaged under {root}, and no download was possible"
+        raise OSError(f"{missing} ({error}): copy it there.") from error

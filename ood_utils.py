@@ -40,8 +40,6 @@ class InputError(ValueError):
 
 
 # Scores: each takes logits float64 (N, classes) and returns (N,) ------------------------
-
-
 def msp(logits):
     """Maximum softmax probability (Hendrycks & Gimpel 2017, arXiv 1610.02136)."""
     return logits.softmax(1).amax(1)
@@ -64,8 +62,7 @@ def entropy(logits):
 
 def gen(logits, gamma=0.1, top=100):
     """Minus the sum of p^gamma (1 - p)^gamma (Liu et al., GEN, CVPR 2023)."""
-    top = min(top, logits.shape[1])
-    p = logits.softmax(1).topk(top, 1).values
+    p = logits.softmax(1).topk(min(top, logits.shape[1]), 1).values
     return -(p**gamma * (1 - p) ** gamma).sum(1)
 
 
@@ -73,12 +70,10 @@ SCORES = {"msp": msp, "max_logit": max_logit, "energy": energy, "entropy": entro
 
 
 def get_ood_scores(model, dataloader, closed_set=False, score=msp):
-    """Score every image, float64 (N,): higher means more in-distribution.
-
-    score: a function of logits float64 (N, classes); in float32 a softmax is exactly 1.0 from
-    a logit margin of about 21 on, which creates ties. With closed_set=True return (scores,
-    right, wrong): of all, of correctly classified and of misclassified images.
-    """
+    """Score every image, float64 (N,): higher means more in-distribution. score: a function of
+    logits float64 (N, classes); in float32 a softmax is exactly 1.0 from a logit margin of
+    about 21 on, which creates ties. With closed_set=True return (scores, right, wrong): of all,
+    of correctly classified and of misclassified images."""
     logits, labels = get_logits(model, dataloader)
     scores = score(logits.double()).numpy()
     if not closed_set:
@@ -91,12 +86,10 @@ def get_ood_scores(model, dataloader, closed_set=False, score=msp):
 
 @torch.no_grad()
 def get_logits(model, dataloader):
-    """Return logits float32 (N, classes) and labels int64 (N,), on the CPU.
-
-    dataloader: an iterable of batches (images, labels) on any device; images are floats,
-    normalised with MEAN and STD of ood_data.py. The network is left in eval mode. Raises
-    InputError without a batch, or for images that are not normalised.
-    """
+    """Return logits float32 (N, classes) and labels int64 (N,), on the CPU. dataloader: an
+    iterable of batches (images, labels) on any device; images are floats, normalised with MEAN
+    and STD of ood_data.py. The network is left in eval mode. Raises InputError without a batch,
+    or for images that are not normalised."""
     parameter = next(model.parameters())
     normalised = getattr(dataloader, "normalises", False)
     logits, labels = [], []
@@ -147,8 +140,6 @@ def last_layer(model):
 
 
 # Metrics --------------------------------------------------------------------------------
-
-
 def as_scores(scores):
     """Numbers as float64 (N,), or InputError, a ValueError."""
     if torch.is_tensor(scores):
@@ -164,18 +155,15 @@ def as_scores(scores):
 
 def get_threshold(scores):
     """The score at or above which 95% of the scores (N,) of the closed set lie."""
-    scores = as_scores(scores)
-    return float(-np.quantile(-scores, RECALL_LEVEL, method="inverted_cdf"))
+    return float(-np.quantile(-as_scores(scores), RECALL_LEVEL, method="inverted_cdf"))
 
 
 def get_performance(pos, neg):
-    """Return (AUROC, AUPR, FPR95), fractions, for scores (N,) and (M,) of two classes.
-
-    Higher must mean positive. With OOD as the positive class: get_performance(-ood, -closed).
-    AUPR is average precision, whose chance level is N / (N + M). FPR95 is the false positive
-    rate at the first threshold whose true positive rate is at least 0.95, no interpolation.
-    Raises InputError, a ValueError, for no scores, or some not finite.
-    """
+    """Return (AUROC, AUPR, FPR95), fractions, for scores (N,) and (M,) of two classes. Higher
+    must mean positive. With OOD as the positive class: get_performance(-ood, -closed). AUPR is
+    average precision, whose chance level is N / (N + M). FPR95 is the false positive rate at
+    the first threshold whose true positive rate is at least 0.95, no interpolation. Raises
+    InputError, a ValueError, for no scores, or some not finite."""
     from sklearn.metrics import average_precision_score, roc_auc_score  # slow to import
 
     pos, neg = as_scores(pos), as_scores(neg)
@@ -191,14 +179,11 @@ def show_performance(pos, neg):
 
 def get_risks(scores, correct):
     """Return (AURC, AUGRC) of confidences (N,) and whether each prediction was right (N,).
-
-    Means over k of the errors among the k most confident images, as a share of k (AURC:
-    Geifman et al. 2018, arXiv 1805.08206) or of all (AUGRC: Traub et al. 2024, arXiv
-    2407.01032). Lower is better. Equal scores: the expectation over their orders.
-    """
-    scores = as_scores(scores)
+    Means over k of the errors among the k most confident images, as a share of k (AURC: Geifman
+    et al. 2018, arXiv 1805.08206) or of all (AUGRC: Traub et al. 2024, arXiv 2407.01032). Lower
+    is better. Equal scores: the expectation over their orders."""
     wrong = ~np.asarray(correct, dtype=bool)
-    _, tie, sizes = np.unique(-scores, return_inverse=True, return_counts=True)
+    _, tie, sizes = np.unique(-as_scores(scores), return_inverse=True, return_counts=True)
     tie_error = np.bincount(tie, weights=wrong) / sizes  # per group of equal scores
     errors = np.cumsum(np.repeat(tie_error, sizes))  # among the k first
     accepted = np.arange(1, len(errors) + 1)
@@ -206,19 +191,15 @@ def get_risks(scores, correct):
 
 
 def predicted_classes(predictions):
-    """Return (effective number of classes, share of the largest) of predictions (N,).
-
-    The number is exp(-sum p ln p) over the classes' shares p: k for k equally frequent ones.
-    Near 1 the network assigns the whole set to one class: its row is one sample per network.
-    """
+    """Return (effective number of classes, share of the largest) of predictions (N,). The
+    number is exp(-sum p ln p) over the classes' shares p: k for k equally frequent ones. Near 1
+    the network assigns the whole set to one class: its row is one sample per network."""
     _, counts = np.unique(predictions, return_counts=True)
     shares = counts / counts.sum()
     return float(np.exp(-np.sum(shares * np.log(shares)))), float(shares.max())
 
 
 # Settings, files, device and command line -----------------------------------------------
-
-
 def check(config):
     """The Config with its values checked against their types and converted, or InputError."""
     types = type(config).__annotations__
@@ -302,19 +283,17 @@ def pick_device(name=None):
 def describe(device):
     """Device and versions that figures depend on, for the JSON files."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    text = f"{device.type} ({name}), {torch.get_num_threads()} threads"
     versions = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "numpy", "skimage", "sklearn", "PIL"):
-        module = importlib.import_module(package)
-        versions[package] = str(getattr(module, "__version__", "unknown"))
-    threads = f"{torch.get_num_threads()} threads"
-    return {"device": f"{device.type} ({name}), {threads}", "versions": versions}
+        version = getattr(importlib.import_module(package), "__version__", "unknown")
+        versions[package] = str(version)
+    return {"device": text, "versions": versions}
 
 
 def run_command(entry, config_class, if_interrupted="interrupted"):
-    """Call entry(config) with the settings of the command line and return its result.
-
-    Errors that the user can fix end in one line and status 2, an interruption in status 130.
-    """
+    """Call entry(config) with the settings of the command line and return its result. Errors
+    that the user can fix end in one line and status 2, an interruption in status 130."""
     try:
         return entry(tyro.cli(config_class))
     except BrokenPipeError:  # python test.py | head

@@ -33,7 +33,7 @@ import ood_utils
 import train
 from ood_utils import SCORES, InputError, Name, Natural, Positive, UserPath
 
-CLOSED_SET_HELP = f"{ood_data.CLOSED_SET_NAMES}; by default that of the first checkpoint's log"
+CLOSED_SET_HELP = f"{ood_data.CLOSED_SET_NAMES}; by default that of the training"
 OodTypes = Annotated[tuple[Name, ...], arg(help=ood_data.OOD_SET_NAMES)]
 
 
@@ -64,76 +64,84 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def evaluate(config=None):
-    """Evaluate checkpoints one after the other; return what the JSON of each holds.
-
-    config: a Config, by default the published evaluation. Raises InputError or OSError; of
-    several checkpoints, one that cannot be evaluated costs a line and is None.
-    """
+    """Evaluate checkpoints one after the other; return what the JSON of each holds. config: a
+    Config, by default the published evaluation. Raises InputError or OSError; of several
+    checkpoints, one that cannot be evaluated costs a line and is None."""
     config = ood_utils.check(config or Config())
     paths = find_checkpoints(config)
-    conditions, loaders = load_sets(config, paths[0])
     evaluations = []
     for path in paths:
         try:
-            model, log = load_run(path, loaders, conditions)
-            scores, predictions = score_sets(model, loaders, path)
-            evaluation = describe_run(path, model, log) | conditions
-            evaluation |= measure(scores, predictions, loaders, conditions["sets"])
-            check_error_rate(evaluation)
+            evaluations.append(evaluate_run(config, path))
         except InputError as error:
             if len(paths) == 1:
                 raise
             print(f"error: {error}", file=sys.stderr)
             evaluations.append(None)
-            continue
-        evaluations.append(evaluation)
-        print(f"checkpoint: {path}", file=sys.stderr)
-        try:
-            print_report(evaluation, config.score)
-        finally:  # also if nobody reads the report
-            write(evaluation, scores, predictions, loaders, output_path(config, path))
     return evaluations
 
 
+def evaluate_run(config, path):
+    """Evaluate a checkpoint: print the report, write the files, return what the JSON holds."""
+    output = output_path(config, path)
+    model, loaders, evaluation = load(config, path)
+    scores, predictions = score_sets(model, loaders, path)
+    evaluation |= measure(scores, predictions, loaders)
+    check_error_rate(evaluation)
+    print(f"checkpoint: {path}", file=sys.stderr)
+    try:
+        print_report(evaluation, config.score)
+    finally:  # also if nobody reads the report
+        write(evaluation, scores, predictions, loaders, output)
+    return evaluation
+
+
 # Load -----------------------------------------------------------------------------------
-
-
 def find_checkpoints(config):
-    """The paths of a Config; OSError or InputError if their files cannot be written."""
+    """The paths of a Config, with patterns expanded, where no shell did it."""
     dataset = config.dataset or train.Config.dataset
     default = train.checkpoint_path(train.Config.checkpoint, dataset, train.Config.seed)
-    given = config.checkpoint or (default,)
     paths = []
-    for path in given:  # perhaps a pattern, where no shell expands it
+    for path in config.checkpoint or (default,):
         found = [] if path.exists() else sorted(glob.glob(str(path)))
         paths += [Path(one) for one in found or [path]]
-    for folder in {output_path(config, path).parent for path in paths}:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK) or (folder.resolve() == RESULTS and not config.output):
-            raise InputError(f"{folder.resolve()} is not written to: pass --output.")
     return paths
 
 
 def output_path(config, path):
     """Where X.pth would be beside its evaluation: for results/, the working directory."""
     folder = Path() if path.resolve().parent == RESULTS else path.parent
+    if folder.resolve() == RESULTS and not config.output:
+        raise InputError(f"{RESULTS} is not written to: pass --output.")
     name = path.name if config.split == "test" else f"{path.stem}.val.pth"
     return (config.output or folder) / name
 
 
-def load_sets(config, path):
-    """Return the conditions that the JSON holds, and {name: loader} with the closed set first.
-
-    path: of a checkpoint, whose log names the closed set. An unavailable OOD set is listed
-    under "skipped". Raises InputError for a mistake.
-    """
+def load(config, path):
+    """Return a network on the device, {name: loader} of its sets, and what the JSON says of
+    both. Raises InputError for a network of other images, OSError where the closed set is
+    missing."""
     run = train.read_run(path)
-    log = run["log"]
-    if not (log or config.dataset):
-        classes = ood_utils.last_layer(train.load_network(path, run)).out_features
-        if classes != 100:
-            raise InputError(f"{path} has no log and {classes} classes: pass --dataset.")
-    trained_on = log["config"] if log else asdict(train.Config())
+    log, model = run["log"], train.load_network(path, run)
+    outputs = ood_utils.last_layer(model).out_features
+    if not (log or config.dataset or outputs == 100):
+        raise InputError(f"{path} has no log and {outputs} classes: pass --dataset.")
+    loaders, conditions = load_sets(config, log["config"] if log else asdict(train.Config()))
+    closed = loaders[CLOSED]
+    if outputs != len(closed.classes) or (log and log["classes"] != closed.classes):
+        raise InputError(f"{path} was trained on {outputs} classes, not on these: pass --dataset.")
+    constants = {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
+    if log and not constants.items() <= log["config"].items():
+        raise InputError(f"{path} was trained with another MEAN and STD than ood_data.py has.")
+    done, epochs = (len(log["epochs"]), log["config"]["epochs"]) if log else (0, 0)
+    if done < epochs:
+        print(f"note: {path} is unfinished, {done} of {epochs} epochs", file=sys.stderr)
+    return model.to(closed.images.device), loaders, describe_run(path, model, log) | conditions
+
+
+def load_sets(config, trained_on):
+    """Return {name: loader} with the closed set first, and the conditions that the JSON holds.
+    trained_on: settings of the training. An unavailable OOD set is listed under "skipped"."""
     dataset = config.dataset or trained_on["dataset"]
     held_out = trained_on["validation"] if config.split == "validation" else 0
     if config.split == "validation" and not held_out:
@@ -152,13 +160,8 @@ def load_sets(config, path):
     asked = {"dataset": dataset, "split": config.split, "seed": config.seed}
     conditions = {"config": asked | {"ood_types": list(names)}, **ood_utils.describe(device)}
     print(f"device: {conditions['device']}, float32", file=sys.stderr)
-    conditions |= {"skipped": skipped, "sets": {}}
-    conditions["scores"] = {name: digest_score(score) for name, score in SCORES.items()}
-    for name, loader in loaders.items():
-        kind = "noise" if name in ood_data.NOISES else "images"
-        of_set = {"kind": kind, "images": len(loader.images), "digest": ood_data.digest(loader)}
-        conditions["sets"][name] = of_set
-    return conditions, loaders
+    digests = {name: digest_score(score) for name, score in SCORES.items()}
+    return loaders, conditions | {"skipped": skipped, "scores": digests}
 
 
 def name_sets(ood_types, dataset):
@@ -188,63 +191,31 @@ def digest_score(score):
     return hashlib.sha256(" ".join(f"{value:.6g}" for value in values).encode()).hexdigest()[:8]
 
 
-def load_run(path, loaders, conditions):
-    """Return a network on the device and its log, or InputError if it is for other images."""
-    run, closed, asked = train.read_run(path), loaders[CLOSED], conditions["config"]
-    log, model = run["log"], train.load_network(path, run).to(closed.images.device)
-    outputs = ood_utils.last_layer(model).out_features
-    if outputs != len(closed.classes) or (log and log["classes"] != closed.classes):
-        raise InputError(f"{path} was trained on {outputs} classes, not on these: pass --dataset.")
-    if not log:
-        return model, log
-    mean_and_std = [list(ood_data.MEAN), list(ood_data.STD)]
-    if [log["config"]["mean"], log["config"]["std"]] != mean_and_std:
-        raise InputError(f"{path} was trained with another MEAN and STD than ood_data.py has.")
-    if asked["split"] == "validation" and log["tested_on"] != conditions["sets"][CLOSED]["digest"]:
-        raise InputError(f"{path} did not hold out these validation images.")
-    done, epochs = len(log["epochs"]), log["config"]["epochs"]
-    notes = [f"unfinished, {done} of {epochs} epochs"] if done < epochs else []
-    if log["config"]["dataset"] != asked["dataset"]:
-        notes.append(f"trained on {log['config']['dataset']}")
-    if log["code"] not in (None, train.digest_code(train.SOURCES)):
-        notes.append("trained with other code than train.py has now")
-    if notes:
-        print(f"note: {path} is {', '.join(notes)}", file=sys.stderr)
-    return model, log
-
-
-# Score and measure ----------------------------------------------------------------------
-
-
 def describe_run(path, model, log):
-    """What the JSON holds of a checkpoint, and of its training as far as there is a log."""
+    """What the JSON holds of a checkpoint: the digest of its weights; its log and settings."""
     weights = hashlib.sha256()
     for value in model.state_dict().values():
         weights.update(value.cpu().contiguous().numpy())
-    run = {"checkpoint": {"path": path.name, "weights": weights.hexdigest()[:16]}}
-    if not log:
-        return run | {"training": None}
-    settings = train.trained_with(log)
-    training = {name: settings.pop(name) for name in ("seed", "data", "code")}
-    training |= {"settings": settings, "epochs_done": len(log["epochs"])}
-    split = "validation" if settings["validation"] else "test"
-    training["accuracy"] = [epoch[f"{split}_accuracy"] for epoch in log["epochs"]]
-    kept = ("tested_on", "sources", "device", "versions")
-    return run | {"training": training | {name: log.get(name) for name in kept}}
+    checkpoint = {"path": path.name, "weights": weights.hexdigest()[:16]}
+    training = log | {"settings": train.trained_with(log)} if log else None
+    return {"checkpoint": checkpoint, "training": training}
 
 
 def check_error_rate(evaluation):
     """Raise InputError where the log says another error rate on these images."""
-    training, closed = evaluation["training"], evaluation["sets"][CLOSED]
-    if not training or training["tested_on"] != closed["digest"]:
+    log, closed = evaluation["training"], evaluation["sets"][CLOSED]
+    if not log or log["tested_on"] != closed["digest"]:
         return
-    error_rate, logged = evaluation["error_rate"], 100 * (1 - training["accuracy"][-1])
+    split = "validation" if log["config"]["validation"] else "test"
+    logged = 100 * (1 - log["epochs"][-1][f"{split}_accuracy"])
+    error_rate = evaluation["error_rate"]
     if abs(error_rate - logged) > max(0.5, 200 / closed["images"]):  # two images; devices: 0.04
         rates = f"an error rate of {error_rate:.2f}, but {logged:.2f} by its log"
         path = evaluation["checkpoint"]["path"]
         raise InputError(f"{path} has {rates}: evaluate it with the code that trained it.")
 
 
+# Score and measure ----------------------------------------------------------------------
 def score_sets(model, loaders, path=None):
     """Of every set, scores float64 (N, len(SCORES)) and predictions int64 (N,), as two dicts."""
     scores, predictions = {}, {}
@@ -269,22 +240,28 @@ def compare_groups(pos, neg):
     return row
 
 
-def measure(scores, predictions, loaders, sets):
-    """Return the figures of a network; sets: of the conditions, what is known of each set."""
+def describe_set(name, loader, predictions):
+    """What the JSON holds of a set; predictions: classes (N,), of a network."""
+    of_set = {"kind": "noise" if name in ood_data.NOISES else "images"}
+    of_set |= {"images": len(loader.images), "digest": ood_data.digest(loader)}
+    effective, largest = ood_utils.predicted_classes(predictions)
+    return of_set | {"effective_classes": effective, "largest_share": 100 * largest}
+
+
+def measure(scores, predictions, loaders):
+    """Return the figures of a network that the JSON holds; the arguments are by set."""
     correct = predictions[CLOSED] == loaders[CLOSED].labels.cpu().numpy()
-    figures = {"error_rate": 100 * (1 - correct.mean()), "threshold": {}, "aurc": {}, "augrc": {}}
-    figures |= {"sets": {}, "rows": []}
-    for name, of_set in sets.items():
-        effective, largest = ood_utils.predicted_classes(predictions[name])
-        predicted = {"effective_classes": effective, "largest_share": 100 * largest}
-        figures["sets"][name] = of_set | predicted
+    figures = {"sets": {}, "error_rate": 100 * (1 - correct.mean())}
+    for name, loader in loaders.items():
+        figures["sets"][name] = describe_set(name, loader, predictions[name])
+    figures |= {"threshold": {}, "aurc": {}, "augrc": {}, "rows": []}
     for column, score in enumerate(SCORES):
         closed = scores[CLOSED][:, column]
         figures["threshold"][score] = ood_utils.get_threshold(closed)
         aurc, augrc = ood_utils.get_risks(closed, correct)
         figures["aurc"][score], figures["augrc"][score] = 100 * aurc, 100 * augrc
-        pairs = {name: (closed, scores[name][:, column]) for name in scores}
-        pairs = {SPLIT: (closed[correct], closed[~correct])} | pairs
+        pairs = {SPLIT: (closed[correct], closed[~correct])}
+        pairs |= {name: (closed, scores[name][:, column]) for name in scores}
         del pairs[CLOSED]
         for name, pair in pairs.items():
             figures["rows"].append({"set": name, "score": score} | compare_groups(*pair))
@@ -292,8 +269,6 @@ def measure(scores, predictions, loaders, sets):
 
 
 # Report ---------------------------------------------------------------------------------
-
-
 def print_report(evaluation, score):
     """The published report, in-distribution or correctly classified as positive, and a table."""
     rows = {row["set"]: row for row in evaluation["rows"] if row["score"] == score}
@@ -321,15 +296,14 @@ def print_report(evaluation, score):
 
 def write(evaluation, scores, predictions, loaders, path):
     """Write X.ood.npz and X.ood.json for a path X.pth; what differs there keeps another name.
-
-    The .npz has what any other metric needs.
-    """
+    The .npz has what any other metric needs."""
     arrays = {"score_names": list(SCORES), "labels": loaders[CLOSED].labels.cpu().numpy()}
     arrays["predictions"] = predictions[CLOSED]
     for name, loader in loaders.items():
         arrays |= {f"scores/{name}": scores[name], f"predictions/{name}": predictions[name]}
         if loader.files:
             arrays[f"files/{name}"] = loader.files
+    path.parent.mkdir(parents=True, exist_ok=True)
     file, content = path.with_suffix(".ood.json"), io.BytesIO()
     np.savez_compressed(content, **arrays)
     text = json.dumps(evaluation, indent=1).encode()

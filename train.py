@@ -4,14 +4,14 @@
     python train.py --dataset digits --epochs 20   # a laptop, no download
     python train.py --resume                       # continue after an interruption
 
-Prints a line per epoch. Writes the state of the run, cifar100_resnet18.resume.pth, and at the
-end, in its place,
+Prints a line per epoch. Writes cifar100_resnet18.resume.pth, and at the end in its place
     cifar100_resnet18.pth    a state dict that torchvision's resnet18 loads (--stem imagenet)
     cifar100_resnet18.json   the log: settings, data, code, figures of every epoch
 Files of an earlier run are moved to cifar100_resnet18.1.pth, and so on.
 """
 
 import ast
+import contextlib
 import hashlib
 import io
 import json
@@ -69,21 +69,15 @@ class Config:
     resume: bool = False  # continue the unfinished run of this checkpoint
 
 
-# On CUDA, capture_step follows in each epoch, with its learning rate; math.inf: no capture. By
-# then the optimizer has its state, and cuDNN its kernels.
-EAGER_STEPS = 3
+EAGER_STEPS = 3  # of each epoch on CUDA, before capture_step; math.inf: no capture
 SAVE_SECONDS = 10  # at least, between saves: one may take longer than an epoch
 
 
 # Data -----------------------------------------------------------------------------------
-
-
 def augment_batch(images, generator):
-    """Augment a training batch: uint8 (N, 3, 32, 32) -> the same.
-
-    The whole batch comes at once: draw for each image. Draw from the generator: it is seeded
-    by (seed, epoch, batch), which keeps a resumed run exact.
-    """
+    """Augment a training batch: uint8 (N, 3, 32, 32) -> the same. The whole batch comes at
+    once: draw for each image. Draw from the generator: it is seeded by (seed, epoch, batch),
+    which keeps a resumed run exact."""
     return crop_and_flip(images, generator)
 
 
@@ -109,33 +103,23 @@ def get_transform(train=True):
 
 def get_loader(train=True, dataset=Config.dataset, augment=True, validation=0, **options):
     """Return an ImageLoader over a split of a closed set; its `classes` are the class names.
-
     Training images are shuffled and augmented anew in each epoch unless augment=False. With
     validation=n, n of them are held out, and train=False gives these, not the test images.
-    options: data_root; batch_size, seed and device of ImageLoader.
-    """
+    options: data_root; batch_size, seed and device of ImageLoader."""
     data_root = options.pop("data_root", Config.data_root)
     data = ood_data.read_closed_set(dataset, data_root, train, validation)
     if train and augment:
-        shuffled = {"batch_size": Config.batch_size, "transform": get_transform(), "shuffle": True}
-        options = shuffled | options
+        options = {"batch_size": Config.batch_size, "shuffle": True} | options
+        options["transform"] = get_transform()
     return ImageLoader(*data, **options)
 
 
 # Network --------------------------------------------------------------------------------
-
-
 def build_network(num_classes=100, stem=Config.stem):
-    """Return a network: images float32 (N, 3, 32, 32) -> logits (N, num_classes).
-
-    Return another one here, such as mobilenet_v3_small(num_classes=num_classes); its last
-    nn.Linear must give the logits.
-    """
-    return build_resnet18(num_classes, stem)
-
-
-def build_resnet18(num_classes, stem):
-    """torchvision's resnet18, with its stem for photographs or a 3x3 one for small images."""
+    """Return a network: images float32 (N, 3, 32, 32) -> logits (N, num_classes). stem:
+    torchvision's for photographs, or a 3x3 one for small images. Return another network here,
+    such as mobilenet_v3_small(num_classes=num_classes); its last nn.Linear must give the
+    logits."""
     model = resnet18(num_classes=num_classes)
     if stem == "cifar":  # feature maps four times as wide
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -155,11 +139,9 @@ SMALL_MAPS |= {"layer4.1.conv1": slice(1, 2), "layer4.1.conv2": slice(1, 2)}
 
 
 class SmallMapConv(nn.Module):
-    """A 3x3 convolution of maps of 2x2 or 1x1, with padding 1, as one matrix product.
-
-    Kernel weights that only ever see padding change no output and get no gradient: they are
-    left out, and are zeros in the state dict. On a CPU, training is 1.4 times as fast.
-    """
+    """A 3x3 convolution of maps of 2x2 or 1x1, with padding 1, as one matrix product. Kernel
+    weights that only ever see padding change no output and get no gradient: they are left out,
+    and are zeros in the state dict. On a CPU, training is 1.4 times as fast."""
 
     def __init__(self, conv, live):
         super().__init__()
@@ -189,40 +171,31 @@ class SmallMapConv(nn.Module):
 
 
 def load_network(path, run=None):
-    """Return the network of X.pth or X.resume.pth, in eval mode on the CPU, or raise InputError.
-
-    run: what read_run returned for the path, if that was called before.
-    """
+    """Return the network of X.pth or X.resume.pth, in eval mode on the CPU, or raise
+    InputError. run: what read_run returned for the path, if that was called before."""
     run = run or read_run(path)
     state = {str(name): value for name, value in run["model"].items() if torch.is_tensor(value)}
-    stem = "cifar" if find_size(state, "conv1.weight", -1) == 3 else "imagenet"
-    stem = run["log"]["config"]["stem"] if run["log"] else stem
-    expected = build_network(1, stem).state_dict()
     for prefix in ("module.", "_orig_mod.", "module."):  # DataParallel, torch.compile
-        known = {name: name if name in expected else name.removeprefix(prefix) for name in state}
-        state = {known[name]: value for name, value in state.items()}
-    count = len(run["log"]["classes"]) if run["log"] else find_size(state, [*expected][-1], 0)
-    model = build_network(count or 1, stem).float()
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    if run["log"]:
+        stem, count = run["log"]["config"]["stem"], len(run["log"]["classes"])
+    else:
+        sizes = {name: tuple(value.shape) for name, value in state.items()}
+        stem = "cifar" if sizes.get("conv1.weight", ())[2:] == (3, 3) else "imagenet"
+        *_, count = 1, *(size[0] for size in sizes.values() if len(size) == 2)
+    model = build_network(count, stem).float()
     try:
         model.load_state_dict(state)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path} does not fit build_network: {reason}") from error
-    for name, value in model.state_dict().items():
-        same_kind = state.get(name, value).is_floating_point() == value.is_floating_point()
-        if not same_kind or not value.isfinite().all():
-            raise InputError(f"{path}: {name} is not finite, or of another type.")
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise InputError(f"{path} has weights that are not finite.")
     return model.eval()
 
 
-def find_size(state, name, axis):
-    """A size of a tensor of a state dict, or None."""
-    return state[name].shape[axis] if name in state and state[name].ndim else None
-
-
 # Training -------------------------------------------------------------------------------
-
-
 def rate_factor(config, epoch):
     """The learning rate of an epoch, counted from 0, as a share of the initial one."""
     done = epoch / config.epochs
@@ -232,10 +205,8 @@ def rate_factor(config, epoch):
 
 
 def build_optimizer(model, config):
-    """The optimizer; on CUDA another one may need capturable=True, see capture_step.
-
-    A parameter group may have a learning rate of its own: the schedule multiplies each.
-    """
+    """The optimizer; on CUDA another one may need capturable=True, see capture_step. A
+    parameter group may have a learning rate of its own: the schedule multiplies each."""
     settings = {"momentum": config.momentum, "weight_decay": config.weight_decay}
     return torch.optim.SGD(model.parameters(), config.lr, fused=True, **settings)
 
@@ -254,27 +225,23 @@ def train_step(model, optimizer, images, labels, config):
 def train_epoch(model, optimizer, loader, config):
     """One pass over the loader; return the mean of its steps' losses."""
     model.train()
-    epoch = loader.epoch + 1
-    captured, losses = None, []
+    captured, losses, epoch = None, [], loader.epoch + 1
     for images, labels in tqdm(loader, f"epoch {epoch}", leave=False, disable=None):
         full = len(images) == loader.batch_size
         if full and images.is_cuda and len(losses) == EAGER_STEPS:
             captured = capture_step(model, optimizer, images, labels, config)
         step = captured if captured and full else train_step
         losses.append(step(model, optimizer, images, labels, config))
-    losses = torch.stack(losses).tolist()  # once: each reading makes a GPU wait
-    bad = [step for step, loss in enumerate(losses, start=1) if not math.isfinite(loss)]
-    if bad:
-        raise InputError(f"The loss is not finite at epoch {epoch}, step {bad[0]}: lower --lr.")
-    return sum(losses) / len(losses)
+    loss = torch.stack(losses).double().mean().item()  # once: each reading makes a GPU wait
+    if not math.isfinite(loss):
+        raise InputError(f"The loss is not finite at epoch {epoch}: lower --lr.")
+    return loss
 
 
 def capture_step(model, optimizer, images, labels, config):
-    """Record train_step as a CUDA graph; return a function that replays it on another batch.
-
-    A replay is one launch, a step about 400. Python code in train_step, such as a draw with
-    NumPy, runs at the recording only, so once an epoch; torch's draws are new in each step.
-    """
+    """Record train_step as a CUDA graph; return a function that replays it on another batch. A
+    replay is one launch, a step about 400. Python code in train_step, such as a draw with
+    NumPy, runs at the recording only, so once an epoch; torch's draws are new in each step."""
     images, labels = images.clone(), labels.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -289,14 +256,8 @@ def capture_step(model, optimizer, images, labels, config):
     return replay
 
 
-def get_accuracy(model, loader):
-    """Share of a set's images that the network classifies correctly."""
-    logits, labels = ood_utils.get_logits(model, loader)
-    return (logits.argmax(1) == labels).double().mean().item()
-
-
 def set_seed(seed):
-    """Natural every generator that an edited augmentation or network may draw from."""
+    """Seed every generator that an edited augmentation or network may draw from."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -313,7 +274,8 @@ def run_epoch(epoch, model, optimizer, rates, loaders, config):
     set_seed(ood_data.mix_seed(config.seed, epoch))  # dropout draws the same after a resume
     loss = train_epoch(model, optimizer, train_loader, config)
     speed = len(train_loader.images) / (time.perf_counter() - start)
-    accuracy = get_accuracy(model, test_loader)
+    logits, labels = ood_utils.get_logits(model, test_loader)
+    accuracy = (logits.argmax(1) == labels).double().mean().item()
     split = "validation" if config.validation else "test"
     lr, seconds = config.lr * factor, time.perf_counter() - start
     left = timedelta(seconds=round(seconds * (config.epochs - epoch - 1)))
@@ -327,11 +289,9 @@ def run_epoch(epoch, model, optimizer, rates, loaders, config):
 
 
 def train_model(config=None):
-    """Train a network and write its checkpoint; the last epoch is the result.
-
-    config: a Config, by default the published recipe. Returns the network in eval mode.
-    Raises OSError or InputError, also for a loss that is not finite.
-    """
+    """Train a network and write its checkpoint; the last epoch is the result. config: a Config,
+    by default the published recipe. Returns the network in eval mode. Raises OSError or
+    InputError, also for a loss that is not finite."""
     config = ood_utils.check(config or Config())
     path = checkpoint_path(config.checkpoint, config.dataset, config.seed)
     device = ood_utils.pick_device(config.device)
@@ -370,27 +330,22 @@ def train_model(config=None):
 
 
 def pick_precision(precision, device, run=None):
-    """The precision; for "auto" that of the resumed run, else bfloat16 where it is native.
-
-    On CUDA, float32 training has PyTorch's default, TF32 convolutions.
-    """
+    """The precision; for "auto" that of the resumed run, else bfloat16 where it is native. On
+    CUDA, float32 training has PyTorch's default, TF32 convolutions."""
     if precision != "auto":
         return precision
+    if run:
+        print(f"note: the run began in {run['log']['config']['precision']} and keeps it")
+        return run["log"]["config"]["precision"]
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         native = able.get("avx512_bf16") or able.get("bf16")  # x86, ARM
-    precision = "bfloat16" if native else "float32"
-    begun = run["log"]["config"]["precision"] if run else precision
-    if begun != precision:
-        print(f"note: the run began in {begun} and keeps it; here auto would be {precision}")
-    return begun
+    return "bfloat16" if native else "float32"
 
 
 # Files: X.resume.pth while a run is unfinished, then checkpoint X.pth and log X.json ----
-
-
 def checkpoint_path(checkpoint, dataset=Config.dataset, seed=0):
     """The given path, or <dataset>_resnet18.pth, with the seed in its name unless it is 0."""
     suffix = f"_seed{seed}" if seed else ""
@@ -402,11 +357,9 @@ def checkpoint_path(checkpoint, dataset=Config.dataset, seed=0):
 
 
 def read_run(path):
-    """Read X.pth with its log X.json, or X.resume.pth: {"log", "model", and "optimizer"}.
-
-    The log is None where there is none. Weights of other tools may be in an entry such as
-    "state_dict". Nothing in a file is executed. Raises InputError.
-    """
+    """Read X.pth with its log X.json, or X.resume.pth: {"log", "model", and "optimizer"}. The
+    log is None where there is none. Weights of other tools may be in an entry such as
+    "state_dict". Nothing in a file is executed. Raises InputError."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"No checkpoint at {path}: run `python train.py`, or pass --checkpoint.")
@@ -429,14 +382,11 @@ def read_log(path):
     log_path = path.resolve().with_suffix(".json")  # a link has the log of its target
     if not log_path.exists():
         return None
-    try:
-        log = json.loads(log_path.read_text(encoding="utf-8"))
-        digest, _ = log["sha256"], log["classes"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{log_path} is damaged, or no log of train.py: move it.") from error
-    if digest != hashlib.sha256(path.read_bytes()).hexdigest():
-        raise InputError(f"{log_path} is the log of another checkpoint than {path}: move it.")
-    return log
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        log = json.loads(log_path.read_bytes())
+        if log["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest():
+            return log
+    raise InputError(f"{log_path} is damaged, or the log of another checkpoint: move it.")
 
 
 def start_log(config, device, loaders):
@@ -464,23 +414,20 @@ def trained_with(log):
 
 def find_run(path):
     """The finished or unfinished run that --resume continues, or None."""
-    for file in (path, path.with_suffix(".resume.pth")):
-        if file.exists():
-            run = read_run(file)
-            if not run["log"]:
-                raise InputError(f"{file} has no log: omit --resume, or pass another --checkpoint.")
-            return run
-    return None
+    files = [file for file in (path, path.with_suffix(".resume.pth")) if file.exists()]
+    run = read_run(files[0]) if files else None
+    if run and not run["log"]:
+        raise InputError(f"{files[0]} has no log: omit --resume, or pass another --checkpoint.")
+    return run
 
 
 def resume(path, run, log, model, optimizer):
     """Load a run into log, model and optimizer, or raise InputError if it is another one."""
     old, new = trained_with(run["log"]), trained_with(log)
-    names = [name for name in old | new if old.get(name) != new.get(name)]
-    texts = [f"{name} {old.get(name)} -> {new.get(name)}"[:99] for name in names]
-    if texts:
-        changed = ", ".join(texts)
-        raise InputError(f"{path} is another run ({changed}): pass another --checkpoint.")
+    changed = [name for name in old | new if old.get(name) != new.get(name)]
+    if changed:
+        texts = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}"[:99] for name in changed)
+        raise InputError(f"{path} is another run ({texts}): pass another --checkpoint.")
     model.load_state_dict(run["model"])
     log["epochs"] = run["log"]["epochs"]
     if run["log"]["device"] != log["device"]:
@@ -496,54 +443,45 @@ def save(path, log, model, optimizer):
     """Write the state for --resume, or after the last epoch log and checkpoint."""
     state_path = path.with_suffix(".resume.pth")
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    content = io.BytesIO()  # torch.save itself does not report a full disk
     if len(log["epochs"]) < log["config"]["epochs"]:
-        state = {"log": log, "model": weights, "optimizer": optimizer.state_dict()}
-        ood_utils.write_file(state_path, to_bytes(state))
+        torch.save({"log": log, "model": weights, "optimizer": optimizer.state_dict()}, content)
+        ood_utils.write_file(state_path, content.getvalue())
         return
-    content = to_bytes(weights)
-    log["sha256"] = hashlib.sha256(content).hexdigest()
+    torch.save(weights, content)
+    log["sha256"] = hashlib.sha256(content.getvalue()).hexdigest()
     ood_utils.write_file(path.with_suffix(".json"), json.dumps(log, indent=1).encode())
-    ood_utils.write_file(path, content)
+    ood_utils.write_file(path, content.getvalue())
     state_path.unlink(missing_ok=True)
     print(f"wrote {path}")
 
 
-def to_bytes(state):
-    buffer = io.BytesIO()  # torch.save itself does not report a full disk
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
 # The code of a run -----------------------------------------------------------------------
-
-
 def read_sources(script):
-    """{name: text} of a script and of every file beside it that it imports, directly or not."""
-    sources, modules = {}, [script.stem]
-    for module in modules:  # which grows
-        parents = module.split(".")[:-1]
-        name = f"{module.replace('.', '/')}.py"
-        if name in sources or not (script.parent / name).is_file():
+    """{name: text} of a script and of the files and whole packages beside it that it imports."""
+    sources, files = {}, [script]
+    for file in files:  # which grows
+        name = file.relative_to(script.parent).as_posix()
+        if name in sources or not file.is_file():
             continue
-        with tokenize.open(script.parent / name) as file:
-            sources[name] = file.read()
-        modules += [f"{'.'.join(parents[:n])}.__init__" for n in range(1, len(parents) + 1)]
+        with tokenize.open(file) as source:
+            sources[name] = source.read()
+        modules = []
         for node in ast.walk(ast.parse(sources[name])):
-            names = [alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")]
-            if isinstance(node, ast.ImportFrom):
-                package = module.split(".")[: -node.level] if node.level else []
-                origin = ".".join([*package, node.module or ""]).rstrip(".")
-                names = [origin, *(f"{origin}.{name}" for name in names)]
-            modules += [*names, *(f"{name}.__init__" for name in names)]
+            if isinstance(node, ast.Import):
+                modules += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules.append(node.module)
+        for module in modules:
+            top = script.parent / module.split(".")[0]
+            files += [top.with_suffix(".py"), *top.rglob("*.py")]
     return sources
 
 
 def digest_code(sources):
     """8 hex digits of {name: text}, without comments, docstrings and the values of Config.
-
-    ood_data.py and ood_utils.py are left out, so that an added OOD set or score parts no
-    seeds; the data have a digest of their own.
-    """
+    ood_data.py and ood_utils.py are left out, so that an added OOD set or score parts no seeds;
+    the data have a digest of their own."""
     digest = hashlib.sha256()
     for name in sorted(sources.keys() - {"ood_data.py", "ood_utils.py"}):
         tree = ast.parse(sources[name])
@@ -555,24 +493,19 @@ def digest_code(sources):
 
 
 def simplify(node):
-    """A syntax tree as lists, without docstrings, and without the fields that are empty.
-
-    These differ between versions of Python.
-    """
+    """A syntax tree as lists, without docstrings, and without the fields that are empty. These
+    differ between versions of Python."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return None  # a docstring
     if isinstance(node, list):
-        return [simplify(part) for part in node if not is_docstring(part)]
+        return [part for part in map(simplify, node) if part is not None]
     if isinstance(node, ast.AST):
         fields = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
         return [type(node).__name__, [(name, simplify(value)) for name, value in fields]]
     return ascii(node)
 
 
-def is_docstring(node):
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-
 SOURCES = read_sources(Path(__file__))  # now: a later edit belongs to the next run
-
 
 if __name__ == "__main__":
     hint = "interrupted: saved epochs are kept; --resume continues"

@@ -27,7 +27,6 @@ from tyro.conf import Positional
 METRICS = {"auroc": "AUROC", "aupr": "AUPR, in-distribution positive"}
 METRICS |= {"fpr95": "FPR95, in-distribution positive"}
 METRICS |= {"aupr_out": "AUPR, OOD positive", "fpr95_out": "FPR95, OOD positive"}
-AGED = ("data",)  # entries that older logs lack: not compared where one is missing
 DIFF_LINES = 40  # at most, of two codes
 
 NOTE = """In brackets, the 95% interval (Welch's, unpaired) of the mean difference over training
@@ -46,16 +45,14 @@ class Config:
 
 
 def main(config):
-    files = [Path(one) for file in config.files for one in expand(file)]
+    files = []
+    for file in config.files:  # perhaps a pattern, where no shell expands it
+        files += [file] if file.exists() else map(Path, sorted(glob.glob(str(file))) or [file])
     if not files:
         fail("Pass the .ood.json files of runs.")
-    runs = [read(file, config.score) for file in files]
+    runs = [read(file, config) for file in files]
     check_contents(runs)
-    key_runs(runs, config.ignore_code)
-    name_groups(runs)
-    groups = {}
-    for run in drop_copies(runs):
-        groups.setdefault(run["group"], []).append(run)
+    groups = group(drop_copies(runs))
     for name, members in groups.items():
         print_group(name, members, config.score)
     drawn = draw(groups, config)
@@ -65,36 +62,36 @@ def main(config):
     return 0 if drawn else 1
 
 
-def expand(file):
-    """The files of a pattern, where no shell expanded it; a file of that name comes first."""
-    return [file] if file.exists() else sorted(glob.glob(str(file))) or [file]
-
-
 def fail(text):
     print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
 
 
 # Read and group -------------------------------------------------------------------------
-
-
-def read(file, score):
-    """Return what a file holds, and its rows as a table by score and set."""
+def read(file, config):
+    """Return what a file holds of a run: "table", its rows by score and set; "log"; "known", on
+    which its figures depend but for the "seed"."""
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
+        run = json.loads(file.read_bytes())
         rows = pd.DataFrame(run["rows"]).set_index(["score", "set"])[[*METRICS]].astype(float)
-        figures = [run["error_rate"], *rows["auroc"].dropna()]
-        if not all(0 <= figure <= 100 for figure in figures):
+        classes = {name: one.get("effective_classes") for name, one in run["sets"].items()}
+        rows["classes"] = rows.index.get_level_values("set").map(classes).astype(float)
+        if not all(0 <= figure <= 100 for figure in (run["error_rate"], *rows["auroc"].dropna())):
             raise ValueError("a figure is no percentage")
-        known = {"file": str(file), "table": rows, "weights": run["checkpoint"]["weights"]}
-        known |= {name: run[name] for name in ("sets", "scores", "training")}
+        log = run["training"] or {"settings": {"file": str(file)}, "epochs": []}
+        known = log["settings"] | {"epochs_done": len(log["epochs"])}
+        run |= {"file": str(file), "table": rows, "weights": run["checkpoint"]["weights"]}
+        run |= {"log": log, "known": known, "seed": known.pop("seed", str(file))}
+        _ = run["scores"]
     except OSError as error:
         fail(error)
     except (ValueError, LookupError, TypeError) as error:
         fail(f"{file} is no .ood.json file of test.py: {str(error)[:80]}")
-    if score not in rows.index:
-        fail(f"{file} has no score {score}: use {', '.join(rows.index.unique('score'))}.")
-    return run | known
+    if config.score not in rows.index:
+        fail(f"{file} has no score {config.score}: use {', '.join(rows.index.unique('score'))}.")
+    if config.ignore_code:
+        known.pop("code", None)
+    return run
 
 
 def check_contents(runs):
@@ -109,63 +106,13 @@ def check_contents(runs):
                 fail(f"{file} and {run['file']} differ in the content of {name}.")
 
 
-def key_runs(runs, ignore_code):
-    """Give each run its "log", its "known" settings, and a "key" that runs of a group share."""
-    for run in runs:
-        run["log"] = run["training"] or {"settings": {"file": run["file"]}, "seed": run["file"]}
-        others = {name: run["log"].get(name) for name in ("epochs_done", "data", "code")}
-        run["known"] = run["log"]["settings"] | others
-        if ignore_code:
-            del run["known"]["code"]
-    for known in [run["known"] for run in runs]:
-        for name in AGED:  # taken from the only setting that is equal otherwise
-            others = [run["known"] for run in runs if run["known"] | {name: 0} == known | {name: 0}]
-            values = {other[name] for other in others} - {None}
-            if known[name] is None and len(values) == 1:
-                (known[name],) = values
-    for run in runs:
-        run["key"] = json.dumps(run["known"], sort_keys=True)
-
-
-def name_groups(runs):
-    """Give each run its "stem", and its "group": the stem and every setting that differs."""
-    logged = [run["known"] for run in runs if run["training"]]
-    names = dict.fromkeys(name for known in logged for name in known)
-    keys = {}
-    for run in runs:
-        files = [other["file"] for other in runs if other["key"] == run["key"]]
-        stems = [Path(file).name.removesuffix(".ood.json") for file in files]
-        run["stem"] = os.path.commonprefix(stems) or stems[0]
-        parts = [describe(name, run, runs[0]) for name in names if differs(name, run, logged)]
-        title = f"{run['stem']}: {', '.join(filter(None, parts))}".removesuffix(": ")
-        same = keys.setdefault(title, run["key"]) == run["key"]
-        run["group"] = title if same else f"{title} ({files[0]})"
-
-
-def differs(name, run, logged):
-    """Whether runs differ from this one in a setting; what an older log lacks is unknown."""
-    values = [known.get(name) for known in (run["known"], *logged)]
-    values = [value for value in values if name not in AGED or value is not None]
-    return bool(run["training"]) and any(value != values[0] for value in values)
-
-
-def describe(name, run, base):
-    """A setting in which runs differ, as text; "" where another one implies it."""
-    value = run["known"].get(name)
-    if name == "epochs_done":
-        return "" if value == run["known"].get("epochs") else f"only {value} epochs done"
-    if name == "classes":
-        return f"{len(value or [])} classes"
-    return f"code {first_change(base, run)}" if name == "code" else f"{name} {value}"
-
-
 def drop_copies(runs):
     """Return the runs without those whose weights came before, and say so."""
     kept = []
     for run in runs:
         twins = [other for other in kept if other["weights"] == run["weights"]]
-        logged = run["training"] and all(twin["training"] for twin in twins)
-        new = logged and all(twin["key"] != run["key"] for twin in twins)
+        logged = all(one["training"] for one in (run, *twins))
+        new = logged and all(twin["known"] != run["known"] for twin in twins)
         if new or not twins:
             kept.append(run)
         if twins:
@@ -174,18 +121,44 @@ def drop_copies(runs):
     return kept
 
 
+def group(runs):
+    """{title: runs} of runs that differ in nothing but their seed; a title has the common start
+    of their names, each run's "stem", and every setting in which runs differ."""
+    logged = [run["known"] for run in runs if run["training"]]
+    names = dict.fromkeys(name for known in logged for name in known)
+    names = [name for name in names if any(k.get(name) != logged[0].get(name) for k in logged)]
+    groups = {}
+    for base in runs:
+        members = [run for run in runs if run["known"] == base["known"]]
+        if members[0] is not base:
+            continue
+        stems = [Path(run["file"]).name.removesuffix(".ood.json") for run in members]
+        stem = os.path.commonprefix(stems) or stems[0]
+        parts = [describe(name, base, runs[0]) for name in names if base["training"]]
+        title = f"{stem}: {', '.join(filter(None, parts))}".removesuffix(": ")
+        title += f" ({base['file']})" if title in groups else ""
+        groups[title] = [run | {"stem": stem} for run in members]
+    return groups
+
+
+def describe(name, run, base):
+    """A setting in which runs differ, as text; "" where another one implies it."""
+    value = run["known"].get(name)
+    if name == "epochs_done":
+        return "" if value == run["known"]["epochs"] else f"only {value} epochs done"
+    if name == "classes":
+        return f"{len(value or [])} classes"
+    return f"code {first_change(base, run)}" if name == "code" else f"{name} {value}"
+
+
 # Print ----------------------------------------------------------------------------------
-
-
 def spread(values):
     """Mean +- sample standard deviation (ddof 1) over runs; of one, its value."""
     values = np.asarray(values, dtype=float)
     if not len(values) or np.isnan(values).any():
         return "n/a"
-    text = f"{np.mean(values):.2f}"
-    if len(values) > 1:
-        text += f" +- {np.std(values, ddof=1):.2f}"
-    return text
+    deviation = f" +- {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{deviation}"
 
 
 def print_table(table, title):
@@ -214,12 +187,11 @@ def print_group(name, runs, score):
     """Every metric of a group by the score, and AUROC by every score."""
     how = f"mean +- standard deviation of {len(runs)} runs" if len(runs) > 1 else "one run"
     print(f"{name}: {how}; error rate {spread([run['error_rate'] for run in runs])}\n")
-    columns = {METRICS[metric]: get_figures(runs, score, metric).agg(spread) for metric in METRICS}
-    classes = {name: [] for name in columns["AUROC"].index if not name.startswith("mean of ")}
-    for row, values in classes.items():
-        values += [run["sets"].get(row, {}).get("effective_classes", np.nan) for run in runs]
-    columns["effective classes"] = pd.Series(classes).map(spread).replace("n/a", "")
-    print_table(pd.DataFrame(columns).loc[list(classes)], score)
+    columns = METRICS | {"classes": "effective classes"}
+    table = {title: get_figures(runs, score, one).agg(spread) for one, title in columns.items()}
+    table["effective classes"] = table["effective classes"].replace("n/a", "")
+    table = pd.DataFrame(table)
+    print_table(table[~table.index.str.startswith("mean of ")], score)
     scores = runs[0]["table"].index.unique("score")
     common = [one for one in scores if all(one in run["table"].index for run in runs)]
     print_table(pd.DataFrame({one: get_figures(runs, one).agg(spread) for one in common}), "AUROC")
@@ -228,9 +200,8 @@ def print_group(name, runs, score):
 def diff_codes(base, run):
     """The lines of a unified diff of the codes of two runs; none where one is unknown."""
     old, new = (one["log"].get("sources") or {} for one in (base, run))
-    names = sorted({*old, *new} - {"ood_data.py", "ood_utils.py"}) if old and new else ()
     lines = []
-    for name in names:
+    for name in sorted({*old, *new} - {"ood_data.py", "ood_utils.py"}) if old and new else ():
         texts = old.get(name, "").splitlines(), new.get(name, "").splitlines()
         lines += difflib.unified_diff(*texts, name, name, lineterm="", n=1)
     return lines
@@ -246,8 +217,7 @@ def first_change(base, run):
 def print_code_differences(groups):
     (base, *_), *others = groups.values()
     for run, *_ in others:
-        same = run["log"].get("code") == base["log"].get("code")
-        lines = [] if same else diff_codes(base, run)
+        lines = diff_codes(base, run) if run["log"].get("code") != base["log"].get("code") else []
         if lines:
             print(f"The code of {run['stem']} against that of {base['stem']}:")
             print("\n".join(lines[:DIFF_LINES]))
@@ -256,14 +226,10 @@ def print_code_differences(groups):
 
 
 # Compare --------------------------------------------------------------------------------
-
-
 def compare_means(base, other):
-    """Return (difference of the means, low, high, p): Welch's test and its 95% interval.
-
-    base, other: a figure of each run, (N,) and (M,). NaN for one run on a side, and where
-    nothing varies: equal error rates on a few test images are rounding, not certainty.
-    """
+    """Return (difference of the means, low, high, p): Welch's test and its 95% interval. base,
+    other: a figure of each run, (N,) and (M,). NaN for one run on a side, and where nothing
+    varies: equal error rates on a few test images are rounding, not certainty."""
     base, other = np.asarray(base), np.asarray(other)
     difference = other.mean() - base.mean()
     if min(len(base), len(other)) < 2 or np.ptp(base) + np.ptp(other) < 1e-9:
@@ -289,32 +255,29 @@ def compare(groups, score):
     runs = [run for members in groups.values() for run in members]
     figures = get_figures(runs, score)
     figures.insert(0, "error rate", [run["error_rate"] for run in runs])
-    table, tests, base = {}, {}, None
+    means = {}  # a line for each seed
     for name, members in groups.items():
-        seeds = [str(run["log"]["seed"]) for run in members]
-        mine = (
-            figures.loc[[run["file"] for run in members]]
-            .groupby(seeds, sort=False)
-            .mean(skipna=False)
-        )
+        of_group = figures.loc[[run["file"] for run in members]]
+        seeds = [str(run["seed"]) for run in members]
+        means[name] = of_group.groupby(seeds, sort=False).mean(skipna=False)
+    (base_name, base), *others = means.items()
+    tests = [compare_means(base[row], other[row]) for _, other in others for row in figures]
+    tests = iter(zip(tests, holm([p_value for *_, p_value in tests]), strict=True))
+    table, base_stem = {}, groups[base_name][0]["stem"]
+    for name, mine in means.items():
         table[f"{name} ({len(mine)} {'run' if len(mine) == 1 else 'runs'})"] = mine.agg(spread)
-        if base is None:
-            base, base_name, base_stem = mine, name, members[0]["stem"]
+        if name == base_name:
             continue
-        title = f"{members[0]['stem']} minus {base_stem}"
-        if members[0]["stem"] == base_stem or title in table:
+        stem = groups[name][0]["stem"]
+        title = f"{stem} minus {base_stem}"
+        if stem == base_stem or title in table:
             title = f"{name} minus {base_name}"
-        table[title] = {}
         several = base if len(mine) == 1 else mine
-        for row in figures:
-            tests[title, row] = compare_means(base[row], mine[row]), several[row]
-    stars = holm([test[-1] for test, _ in tests.values()])
-    for (title, row), star in zip(tests, stars, strict=True):
-        table[title][row] = difference_text(*tests[title, row], star)
+        table[title] = {row: difference_text(*next(tests), several[row]) for row in figures}
     return pd.DataFrame(table)
 
 
-def difference_text(test, several, star):
+def difference_text(test, star, several):
     """A difference with its interval and star; without them, with the range of several runs."""
     difference, low, high, _ = test
     if np.isnan(difference):
@@ -336,8 +299,7 @@ def print_comparison(groups, score):
     if left_out:
         print(f"Left out, not in every file: {', '.join(left_out)}.")
     for name, members in groups.items():
-        seeds = [run["log"]["seed"] for run in members]
-        if len(set(seeds)) < len(seeds):
+        if len({run["seed"] for run in members}) < len(members):
             print(f"{name}: runs with the same seed are averaged first.")
     devices = [run["log"].get("device") for run in runs]
     versions = [(run["log"].get("versions") or {}).get("torch") for run in runs]
@@ -348,8 +310,6 @@ def print_comparison(groups, score):
 
 
 # Picture --------------------------------------------------------------------------------
-
-
 def draw(groups, config):
     """Draw for each set a line of dots per group, one dot a run, and accuracies by epoch."""
     try:
@@ -364,14 +324,17 @@ def draw(groups, config):
         dots.axvline(50, color="0.8")
         for line, (name, runs) in enumerate(groups.items()):
             colour = f"C{line}" if len(groups) <= 10 else colormaps["turbo"](line / len(groups))
-            label = name.replace("$", r"\$")[:100]  # no TeX
+            heights = np.arange(len(sets)) + 0.6 * line / len(groups)
+            aurocs = [run["table"].loc[config.score]["auroc"].reindex(sets) for run in runs]
+            label = [name.replace("$", r"\$")[:100], *[None] * (len(runs) - 1)]  # no TeX
+            dots.plot(np.transpose(aurocs), heights, "o", color=colour, alpha=0.7, label=label)
             for run in runs:
-                aurocs = run["table"].loc[config.score]["auroc"].reindex(sets)
-                heights = np.arange(len(sets)) + 0.6 * line / len(groups)
-                dots.plot(aurocs, heights, "o", color=colour, alpha=0.7, label=label)
-                label = None
-                accuracy = 100 * np.array((run["training"] or {}).get("accuracy", []))
-                accuracies.plot(np.arange(len(accuracy)) + 1, accuracy, color=colour, lw=1)
+                epochs = [
+                    [v for k, v in one.items() if "accuracy" in k] for one in run["log"]["epochs"]
+                ]
+                accuracies.plot(
+                    range(1, len(epochs) + 1), 100 * np.array(epochs), color=colour, lw=1
+                )
         dots.set_yticks(range(len(sets)), [name.replace("$", r"\$")[:25] for name in sets])
         dots.invert_yaxis()
         dots.set_xlabel("AUROC of each run; grey: chance")

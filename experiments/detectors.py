@@ -106,18 +106,16 @@ def get_aurocs(scores):
 def compare(config):
     """Score every set with every detector; print the tables, write and return the JSON."""
     config = ood_utils.check(config)
-    paths = evaluation.find_checkpoints(config)
-    results, loaders = evaluation.load_sets(config, paths[0])
-    if len(loaders) == 1:
-        skipped = "; ".join(results["skipped"].values())
-        raise ood_utils.InputError(f"No OOD set to compare on: pass --ood-types. {skipped}")
-    results["versions"]["pytorch-ood"] = version("pytorch-ood")
     options = {"data_root": config.data_root, "batch_size": config.batch_size}
-    options["device"] = loaders[evaluation.CLOSED].images.device
-    training = train.get_loader(True, results["config"]["dataset"], augment=False, **options)
-    results["rows"] = []
-    for path in paths:
-        model, _ = evaluation.load_run(path, loaders, results)
+    results = {"checkpoints": [], "rows": []}
+    for path in evaluation.find_checkpoints(config):
+        model, loaders, described = evaluation.load(config, path)
+        results["checkpoints"].append(described["checkpoint"])
+        if len(loaders) == 1:
+            skipped = "; ".join(described["skipped"].values())
+            raise ood_utils.InputError(f"No OOD set to compare on: pass --ood-types. {skipped}")
+        options["device"] = loaders[evaluation.CLOSED].images.device
+        training = train.get_loader(True, described["config"]["dataset"], False, **options)
         last = copy.deepcopy(ood_utils.last_layer(model)).cpu().requires_grad_(False)
         to_fit = represent(model, last, training)
         sets = {name: represent(model, last, loader) for name, loader in loaders.items()}
@@ -131,6 +129,8 @@ def compare(config):
             for key, auroc in aurocs.items():
                 row = {"checkpoint": str(path), "set": key, "detector": name, "auroc": auroc}
                 results["rows"].append(row | {"auroc_of_test_py": ours.get(key)})
+    results |= {name: described[name] for name in ("config", "device", "versions", "skipped")}
+    results["versions"]["pytorch-ood"] = version("pytorch-ood")
     print_tables(results)
     file = (config.output or RESULTS) / "detectors.json"
     ood_utils.write_file(file, json.dumps(results, indent=1).encode())

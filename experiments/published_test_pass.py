@@ -46,27 +46,27 @@ def published_test_pass(model, images, order):
 def ask(config):
     """Evaluate every network before and after; print the table, write and return the JSON."""
     config = ood_utils.check(config)
-    paths = evaluation.find_checkpoints(config)
-    results, loaders = evaluation.load_sets(config, paths[0])
-    images = loaders[evaluation.CLOSED].images
-    if len(images) % BATCH_SIZE == 1:
-        raise ood_utils.InputError("Batch norm cannot be trained on a last batch of one image.")
-    orders = {BEFORE: None, "order 0": np.arange(len(images))}
-    for seed in range(1, ORDERS):
-        orders[f"order {seed}"] = np.random.default_rng(seed).permutation(len(images))
-    results["config"]["score"] = config.score
-    results["rows"] = []
-    for path in paths:
-        network, _ = evaluation.load_run(path, loaders, results)
+    results = {"checkpoints": [], "rows": []}
+    for path in evaluation.find_checkpoints(config):
+        network, loaders, described = evaluation.load(config, path)
+        results["checkpoints"].append(described["checkpoint"])
+        images = loaders[evaluation.CLOSED].images
+        if len(images) % BATCH_SIZE == 1:
+            raise ood_utils.InputError("Batch norm cannot be trained on a last batch of one image.")
+        orders = {BEFORE: None, "order 0": np.arange(len(images))}
+        for seed in range(1, ORDERS):
+            orders[f"order {seed}"] = np.random.default_rng(seed).permutation(len(images))
         for name, order in orders.items():
             model = copy.deepcopy(network)
             if order is not None:
                 published_test_pass(model, images, order)
             scores, predictions = evaluation.score_sets(model, loaders)
-            figures = evaluation.measure(scores, predictions, loaders, results["sets"])
+            figures = evaluation.measure(scores, predictions, loaders)
             of_pass = {"checkpoint": str(path), "test_pass": name}
             of_pass["error_rate"] = figures["error_rate"]
             results["rows"] += [of_pass | row for row in figures["rows"]]
+    results |= {name: described[name] for name in ("config", "device", "versions", "skipped")}
+    results["config"]["score"] = config.score
     print_tables(results)
     file = (config.output or RESULTS) / "published_test_pass.json"
     ood_utils.write_file(file, json.dumps(results, indent=1).encode())

@@ -122,8 +122,8 @@ def tiny_folder(tmp_path_factory):
         for ending in ("json", "npz"):
             Path(f"a.ood.{ending}").write_text("an evaluation")
         train_quietly("pets", "whole.pth")
-        interrupted = mock.Mock(side_effect=[0.5, KeyboardInterrupt])  # after two epochs
-        patch.setattr(train, "get_accuracy", interrupted)
+        interrupted = mock.Mock(side_effect=[1, KeyboardInterrupt])  # after one epoch
+        patch.setattr(train, "rate_factor", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train_quietly("pets", "cut.pth")
     return folder

@@ -183,7 +183,7 @@ def test_a_windows_path_in_a_log_is_the_same_folder(in_tiny_run):
 
 def test_a_log_beside_other_weights_is_refused(in_tiny_run):
     shutil.copy("whole.pth", "a.pth")
-    message = "a.json is the log of another checkpoint than a.pth"
+    message = "a.json is damaged, or the log of another checkpoint"
     with pytest.raises(InputError, match=message):
         evaluate("a.pth")
     with pytest.raises(InputError, match=message):
@@ -193,7 +193,7 @@ def test_a_log_beside_other_weights_is_refused(in_tiny_run):
 def test_a_damaged_log_is_named(in_tiny_run):
     for text in ("{", '{"lr": 1}', "[1]", "\x00"):
         Path("digits_resnet18.json").write_text(text)
-        with pytest.raises(InputError, match="digits_resnet18.json is damaged, or no log"):
+        with pytest.raises(InputError, match="digits_resnet18.json is damaged"):
             evaluate()
 
 
@@ -251,9 +251,8 @@ def test_what_does_not_fit_is_told_in_one_short_line(in_tiny_run):
     for content, message in (
         (state | {f"x{i}": state[last] for i in range(999)}, "x0"),
         (others, first),
-        (state | {first: state[first].long()}, f"{first} is not finite, or of another type"),
         (state | {first: state[first][:, :1]}, first),
-        (state | {last: state[last] * torch.nan}, f"{last} is not finite"),
+        (state | {last: state[last] * torch.nan}, "has weights that are not finite"),
         (state | {first: state[first].to("meta")}, "does not fit"),
         (state | {first: state[first].to_sparse()}, "does not fit"),
         ({number: value for number, value in enumerate(state.values())}, "does not fit"),
