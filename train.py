@@ -263,12 +263,12 @@ def set_seed(seed):
     random.seed(seed)
 
 
-def run_epoch(epoch, model, optimizer, rates, loaders, config):
+def run_epoch(epoch, model, optimizer, loaders, config):
     """Train for an epoch, counted from 0, and test; print and return its figures."""
     start = time.perf_counter()
     factor = rate_factor(config, epoch)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate * factor
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
     train_loader, test_loader = loaders
     train_loader.epoch = epoch
     set_seed(ood_data.mix_seed(config.seed, epoch))  # dropout draws the same after a resume
@@ -312,7 +312,6 @@ def train_model(config=None):
             raise InputError("The last nn.Linear of build_network must have num_classes outputs.")
         model.to(device, memory_format=memory_format(device))
         optimizer = build_optimizer(model, config)
-        rates = [group["lr"] for group in optimizer.param_groups]
         log = start_log(config, device, loaders)
         if run:
             resume(path, run, log, model, optimizer)
@@ -322,7 +321,7 @@ def train_model(config=None):
 
         saved = time.perf_counter()
         for epoch in range(len(log["epochs"]), config.epochs):
-            log["epochs"].append(run_epoch(epoch, model, optimizer, rates, loaders, config))
+            log["epochs"].append(run_epoch(epoch, model, optimizer, loaders, config))
             if epoch + 1 == config.epochs or time.perf_counter() - saved >= SAVE_SECONDS:
                 save(path, log, model, optimizer)
                 saved = time.perf_counter()

@@ -259,7 +259,8 @@ def compare(groups, score):
     for name, members in groups.items():
         of_group = figures.loc[[run["file"] for run in members]]
         seeds = [str(run["seed"]) for run in members]
-        means[name] = of_group.groupby(seeds, sort=False).mean(skipna=False)
+        by_seed = of_group.groupby(seeds, sort=False)
+        means[name] = by_seed.agg(lambda values: values.mean(skipna=False))
     (base_name, base), *others = means.items()
     tests = [compare_means(base[row], other[row]) for _, other in others for row in figures]
     tests = iter(zip(tests, holm([p_value for *_, p_value in tests]), strict=True))
@@ -329,12 +330,8 @@ def draw(groups, config):
             label = [name.replace("$", r"\$")[:100], *[None] * (len(runs) - 1)]  # no TeX
             dots.plot(np.transpose(aurocs), heights, "o", color=colour, alpha=0.7, label=label)
             for run in runs:
-                epochs = [
-                    [v for k, v in one.items() if "accuracy" in k] for one in run["log"]["epochs"]
-                ]
-                accuracies.plot(
-                    range(1, len(epochs) + 1), 100 * np.array(epochs), color=colour, lw=1
-                )
+                accuracy = 100 * pd.DataFrame(run["log"]["epochs"]).filter(like="accuracy")
+                accuracies.plot(accuracy.index + 1, accuracy, color=colour, lw=1)
         dots.set_yticks(range(len(sets)), [name.replace("$", r"\$")[:25] for name in sets])
         dots.invert_yaxis()
         dots.set_xlabel("AUROC of each run; grey: chance")
