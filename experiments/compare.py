@@ -173,11 +173,10 @@ def print_table(table, title):
 
 def get_figures(runs, score, metric="auroc"):
     """A metric: a line for each run, a column for each set of all runs, and their two means."""
-    lines = [run["table"].loc[score][metric] for run in runs]
-    names = [name for name in lines[0].index if all(name in line for line in lines)]
-    figures = pd.DataFrame([line[names] for line in lines], [run["file"] for run in runs])
+    lines = {run["file"]: run["table"].loc[score][metric] for run in runs}
+    figures, sets = pd.concat(lines, axis=1, join="inner").T, runs[0]["sets"]
     for kind, title in (("noise", "mean of noises"), ("images", "mean of image sets")):
-        of_kind = [name for name in names if runs[0]["sets"].get(name, {}).get("kind") == kind]
+        of_kind = [name for name in figures if sets.get(name, {}).get("kind") == kind]
         if len(of_kind) > 1:
             figures[title] = figures[of_kind].mean(axis=1, skipna=False)
     return figures
@@ -255,12 +254,11 @@ def compare(groups, score):
     runs = [run for members in groups.values() for run in members]
     figures = get_figures(runs, score)
     figures.insert(0, "error rate", [run["error_rate"] for run in runs])
-    means = {}  # a line for each seed
-    for name, members in groups.items():
-        of_group = figures.loc[[run["file"] for run in members]]
-        seeds = [str(run["seed"]) for run in members]
-        by_seed = of_group.groupby(seeds, sort=False)
-        means[name] = by_seed.agg(lambda values: values.mean(skipna=False))
+    titles = [name for name, members in groups.items() for _ in members]
+    seeds = [str(run["seed"]) for run in runs]
+    by_seed = figures.groupby([titles, seeds], sort=False)
+    by_seed = by_seed.agg(lambda values: values.mean(skipna=False))
+    means = {name: by_seed.loc[name] for name in groups}  # a line for each seed
     (base_name, base), *others = means.items()
     tests = [compare_means(base[row], other[row]) for _, other in others for row in figures]
     tests = iter(zip(tests, holm([p_value for *_, p_value in tests]), strict=True))
