@@ -143,8 +143,7 @@ def last_layer(model):
 def as_scores(scores):
     """Numbers as float64 (N,), or InputError, a ValueError."""
     if torch.is_tensor(scores):
-        scores = scores.detach().cpu()
-        scores = scores.double().numpy() if scores.is_floating_point() else scores.numpy()
+        scores = scores.tolist()  # NumPy has no bfloat16
     if np.ma.is_masked(scores) or np.asarray(scores).dtype.kind not in "fiu":
         raise InputError("Scores must be real numbers, none of them masked.")
     scores = np.asarray(scores, dtype=np.float64)
