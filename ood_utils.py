@@ -189,15 +189,6 @@ def get_risks(scores, correct):
     return float(np.mean(errors / accepted)), float(np.mean(errors / len(errors)))
 
 
-def predicted_classes(predictions):
-    """Return (effective number of classes, share of the largest) of predictions (N,). The
-    number is exp(-sum p ln p) over the classes' shares p: k for k equally frequent ones. Near 1
-    the network assigns the whole set to one class: its row is one sample per network."""
-    _, counts = np.unique(predictions, return_counts=True)
-    shares = counts / counts.sum()
-    return float(np.exp(-np.sum(shares * np.log(shares)))), float(shares.max())
-
-
 # Settings, files, device and command line -----------------------------------------------
 def check(config):
     """The Config with its values checked against their types and converted, or InputError."""

@@ -241,11 +241,15 @@ def compare_groups(pos, neg):
 
 
 def describe_set(name, loader, predictions):
-    """What the JSON holds of a set; predictions: classes (N,), of a network."""
+    """What the JSON holds of a set; predictions: classes (N,), of a network. The effective number
+    of classes is exp(-sum p ln p) over their shares p: k for k equally frequent ones. Near 1 the
+    network assigns the whole set to one class: its row is one sample per network."""
+    _, counts = np.unique(predictions, return_counts=True)
+    shares = counts / counts.sum()
+    effective = np.exp(-np.sum(shares * np.log(shares)))
     of_set = {"kind": "noise" if name in ood_data.NOISES else "images"}
     of_set |= {"images": len(loader.images), "digest": ood_data.digest(loader)}
-    effective, largest = ood_utils.predicted_classes(predictions)
-    return of_set | {"effective_classes": effective, "largest_share": 100 * largest}
+    return of_set | {"effective_classes": effective, "largest_share": 100 * shares.max()}
 
 
 def measure(scores, predictions, loaders):
