@@ -233,10 +233,9 @@ def compare_groups(pos, neg):
     """Counts, and metrics in percent in both conventions; None where a group is empty."""
     row = {"positives": len(pos), "negatives": len(neg), **dict.fromkeys(METRICS)}
     if len(pos) and len(neg):
-        auroc, aupr, fpr95 = ood_utils.get_performance(pos, neg)
-        row |= {"auroc": 100 * auroc, "aupr": 100 * aupr, "fpr95": 100 * fpr95}
-        _, aupr, fpr95 = ood_utils.get_performance(-neg, -pos)  # OOD is positive
-        row |= {"aupr_out": 100 * aupr, "fpr95_out": 100 * fpr95}
+        _, *with_ood_positive = ood_utils.get_performance(-neg, -pos)
+        figures = [*ood_utils.get_performance(pos, neg), *with_ood_positive]
+        row |= {metric: 100 * figure for metric, figure in zip(METRICS, figures, strict=True)}
     return row
 
 
