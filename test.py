@@ -263,9 +263,8 @@ def measure(scores, predictions, loaders):
         figures["threshold"][score] = ood_utils.get_threshold(closed)
         aurc, augrc = ood_utils.get_risks(closed, correct)
         figures["aurc"][score], figures["augrc"][score] = 100 * aurc, 100 * augrc
-        pairs = {SPLIT: (closed[correct], closed[~correct])}
-        pairs |= {name: (closed, scores[name][:, column]) for name in scores}
-        del pairs[CLOSED]
+        pairs = {name: (closed, scores[name][:, column]) for name in scores if name != CLOSED}
+        pairs = {SPLIT: (closed[correct], closed[~correct])} | pairs
         for name, pair in pairs.items():
             figures["rows"].append({"set": name, "score": score} | compare_groups(*pair))
     return figures
