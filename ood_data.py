@@ -306,13 +306,11 @@ def is_shown(path):
 
 def find_images(folder):
     """The image files below a folder, sorted; links are followed, each folder is read once."""
-    found, folders, seen = [], [folder], set()
+    found, folders, seen = [], [folder], {folder.resolve()}
     for current in folders:  # which grows
-        if current.resolve() in seen:
-            continue
-        seen.add(current.resolve())
         for path in filter(is_shown, sorted(map(Path, os.scandir(str(current))))):
-            if path.is_dir():
+            if path.is_dir() and path.resolve() not in seen:
+                seen.add(path.resolve())
                 folders.append(path)
             elif path.suffix.lower() in IMG_EXTENSIONS and path.is_file():
                 found.append(path)
