@@ -82,12 +82,11 @@ def read_digits(root, train):
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    train_images, test_images, train_labels, test_labels = train_test_split(
+    parts = train_test_split(
         digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0
     )
-    images = torch.from_numpy(train_images if train else test_images)
-    images = (images / 16 * 255).round().to(torch.uint8)
-    labels = train_labels if train else test_labels
+    images, labels = parts[0::2] if train else parts[1::2]  # each is in two parts
+    images = torch.from_numpy(images / 16 * 255).round().to(torch.uint8)
     return grey_to_rgb(images), labels, [str(digit) for digit in range(10)]
 
 
