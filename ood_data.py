@@ -82,12 +82,11 @@ def read_digits(root, train):
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    parts = train_test_split(
-        digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0
-    )
-    images, labels = parts[0::2] if train else parts[1::2]  # each is in two parts
-    images = torch.from_numpy(images / 16 * 255).round().to(torch.uint8)
-    return grey_to_rgb(images), labels, [str(digit) for digit in range(10)]
+    numbers = np.arange(len(digits.target))
+    parts = train_test_split(numbers, test_size=0.2, stratify=digits.target, random_state=0)
+    chosen = parts[0] if train else parts[1]
+    images = torch.from_numpy(digits.images[chosen] / 16 * 255).round().to(torch.uint8)
+    return grey_to_rgb(images), digits.target[chosen], [str(digit) for digit in range(10)]
 
 
 CLOSED_SETS = {
