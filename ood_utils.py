@@ -10,7 +10,6 @@ import importlib
 import os
 import platform
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -197,7 +196,7 @@ def check(config):
         if name not in types and not name.startswith("_") and not callable(value):
             raise InputError(f"Config.{name} has no type: write `{name}: {type(value).__name__}`.")
     try:
-        return TypeAdapter(type(config)).validate_python(asdict(config))
+        return TypeAdapter(type(config)).validate_python(vars(config))
     except ValidationError as error:
         first = error.errors()[0]
         flag = str(first["loc"][0]).replace("_", "-")

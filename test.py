@@ -19,7 +19,7 @@ import io
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -126,7 +126,7 @@ def load(config, path):
     outputs = ood_utils.last_layer(model).out_features
     if not (log or config.dataset or outputs == 100):
         raise InputError(f"{path} has no log and {outputs} classes: pass --dataset.")
-    loaders, conditions = load_sets(config, log["config"] if log else asdict(train.Config()))
+    loaders, conditions = load_sets(config, log["config"] if log else vars(train.Config()))
     closed = loaders[CLOSED]
     if outputs != len(closed.classes) or (log and log["classes"] != closed.classes):
         raise InputError(f"{path} was trained on {outputs} classes, not on these: pass --dataset.")
