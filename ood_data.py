@@ -139,10 +139,10 @@ def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
     return images, labels, list(classes)
 
 
-# OOD sets of images: (data root, count) -> uint8 (count or fewer, 3, 32, 32) ------------
+# OOD sets of images: (data root, count) -> uint8 (N, 3, 32, 32); the first `count` are taken
 def read_svhn(root, count):
     data = fetch(datasets.SVHN, Path(root) / "svhn", split="test")
-    return torch.from_numpy(data.data[:count])
+    return torch.from_numpy(data.data)
 
 
 def read_mnist(root, count):
@@ -165,13 +165,13 @@ def read_photos(root, count):
         picture = torch.from_numpy(getattr(skimage.data, name)())  # (H, W, 3)
         crops.append(picture.unfold(0, 32, 16).unfold(1, 32, 16).flatten(0, 1))
     crops = torch.cat(crops).unique(dim=0)  # (N, 3, 32, 32)
-    return crops[fixed_order(len(crops))[:count]]
+    return crops[fixed_order(len(crops))]
 
 
 OOD_IMAGES = {
     "svhn": read_svhn,
-    "cifar10": lambda root, count: read_cifar(datasets.CIFAR10, root, False)[0][:count],
-    "cifar100": lambda root, count: read_cifar(datasets.CIFAR100, root, False)[0][:count],
+    "cifar10": lambda root, count: read_cifar(datasets.CIFAR10, root, False)[0],
+    "cifar100": lambda root, count: read_cifar(datasets.CIFAR100, root, False)[0],
     "textures": read_textures,
     "mnist": read_mnist,
     "photos": read_photos,
