@@ -86,7 +86,7 @@ def read_digits(root, train):
     parts = train_test_split(numbers, test_size=0.2, stratify=digits.target, random_state=0)
     chosen = parts[0] if train else parts[1]
     images = torch.from_numpy(digits.images[chosen] / 16 * 255).round().to(torch.uint8)
-    return grey_to_rgb(images), digits.target[chosen], [str(digit) for digit in range(10)]
+    return grey_to_rgb(images), digits.target[chosen], list("0123456789")
 
 
 CLOSED_SETS = {
@@ -170,8 +170,8 @@ def read_photos(root, count):
 
 OOD_IMAGES = {
     "svhn": read_svhn,
-    "cifar10": lambda root, count: read_cifar(datasets.CIFAR10, root, False)[0],
-    "cifar100": lambda root, count: read_cifar(datasets.CIFAR100, root, False)[0],
+    "cifar10": lambda root, count: CLOSED_SETS["cifar10"](root, False)[0],
+    "cifar100": lambda root, count: CLOSED_SETS["cifar100"](root, False)[0],
     "textures": read_textures,
     "mnist": read_mnist,
     "photos": read_photos,
