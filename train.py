@@ -373,18 +373,13 @@ def read_run(path):
         if isinstance(state.get(entry), dict):
             print(f"note: of {names} in {path}, {entry} is taken", file=sys.stderr)
             state = state[entry]
-    return {"log": read_log(path), "model": state}
-
-
-def read_log(path):
-    """The log of X.pth, or None; InputError if it is of another checkpoint."""
     log_path = path.resolve().with_suffix(".json")  # a link has the log of its target
     if not log_path.exists():
-        return None
+        return {"log": None, "model": state}
     with contextlib.suppress(ValueError, LookupError, TypeError):
         log = json.loads(log_path.read_bytes())
         if log["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest():
-            return log
+            return {"log": log, "model": state}
     raise InputError(f"{log_path} is damaged, or the log of another checkpoint: move it.")
 
 
