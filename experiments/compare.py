@@ -148,7 +148,11 @@ def describe(name, run, base):
         return "" if value == run["known"]["epochs"] else f"only {value} epochs done"
     if name == "classes":
         return f"{len(value or [])} classes"
-    return f"code {first_change(base, run)}" if name == "code" else f"{name} {value}"
+    if name == "code":  # the first line that this code has instead
+        lines = [line[1:].strip() for line in diff_codes(base, run) if line.startswith("+")]
+        lines = [line for line in lines if line and not line.startswith(("++", "#", '"""'))]
+        value = f"`{lines[0][:40]}`" if lines else run["log"].get("code") or "unknown"
+    return f"{name} {value}"
 
 
 # Print ----------------------------------------------------------------------------------
@@ -204,13 +208,6 @@ def diff_codes(base, run):
         texts = old.get(name, "").splitlines(), new.get(name, "").splitlines()
         lines += difflib.unified_diff(*texts, name, name, lineterm="", n=1)
     return lines
-
-
-def first_change(base, run):
-    """The first line that another code has instead, or the digest of the code."""
-    lines = [line[1:].strip() for line in diff_codes(base, run) if line.startswith("+")]
-    lines = [line for line in lines if line and not line.startswith(("++", "#", '"""'))]
-    return f"`{lines[0][:40]}`" if lines else run["log"].get("code") or "unknown"
 
 
 def print_code_differences(groups):
