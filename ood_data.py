@@ -263,11 +263,11 @@ class ImageLoader:
         return math.ceil(len(self.images) / self.batch_size)
 
     def __iter__(self):
-        count, device, epoch = len(self.images), self.images.device, self.epoch
+        device, epoch = self.images.device, self.epoch
         self.epoch += 1
-        order = np.arange(count)
+        order = np.arange(len(self.images))
         if self.shuffle:
-            order = np.random.default_rng((self.seed, epoch)).permutation(count)
+            np.random.default_rng((self.seed, epoch)).shuffle(order)
         batches = torch.from_numpy(order).to(device).split(self.batch_size)
         for number, batch in enumerate(batches):
             generator = torch.Generator(device).manual_seed(mix_seed(self.seed, epoch, number))
