@@ -233,8 +233,8 @@ def compare_groups(pos, neg):
     """Counts, and metrics in percent in both conventions; None where a group is empty."""
     row = {"positives": len(pos), "negatives": len(neg), **dict.fromkeys(METRICS)}
     if len(pos) and len(neg):
-        _, *with_ood_positive = ood_utils.get_performance(-neg, -pos)
-        figures = [*ood_utils.get_performance(pos, neg), *with_ood_positive]
+        _, *swapped = ood_utils.get_performance(-neg, -pos)  # OOD is positive
+        figures = [*ood_utils.get_performance(pos, neg), *swapped]
         row |= {metric: 100 * figure for metric, figure in zip(METRICS, figures, strict=True)}
     return row
 

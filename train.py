@@ -334,8 +334,9 @@ def pick_precision(precision, device, run=None):
     if precision != "auto":
         return precision
     if run:
-        print(f"note: the run began in {run['log']['config']['precision']} and keeps it")
-        return run["log"]["config"]["precision"]
+        precision = run["log"]["config"]["precision"]
+        print(f"note: the run began in {precision} and keeps it")
+        return precision
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
