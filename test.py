@@ -104,7 +104,7 @@ def find_checkpoints(config):
     paths = []
     for path in config.checkpoint or (default,):
         found = [] if path.exists() else sorted(glob.glob(str(path)))
-        paths += [Path(one) for one in found or [path]]
+        paths += map(Path, found or [path])
     return paths
 
 
@@ -289,9 +289,9 @@ def print_report(evaluation, score):
         else:
             print(ood_utils.PERFORMANCE_LINE.format(row["auroc"], row["aupr"], row["fpr95"]))
         of_set = evaluation["sets"].get(name, {})
-        counts = (row["negatives"], of_set.get("effective_classes"))
+        counts = row["negatives"], of_set.get("effective_classes")
         table.append([name.replace("|", "\\|"), *(row[metric] for metric in METRICS), *counts])
-    headers = (score, *METRICS.values(), "negatives", "effective classes")
+    headers = score, *METRICS.values(), "negatives", "effective classes"
     print()
     print(tabulate(table, headers, "pipe", floatfmt=".2f", missingval="n/a"), flush=True)
 
