@@ -107,7 +107,7 @@ def read_class_folder(folder, split):
         missing = ", ".join(sorted(odd)) or "any class"
         raise InputError(f"{folder}: train/ and {split}/ do not both have {missing}.")
     files, labels = [], []
-    for path in sorted(paths[split], key=path_name):
+    for path in sorted(paths[split], key=lambda path: (path_name(path), path.name)):
         found = find_images(path)
         files += found
         labels += [classes.index(path_name(path))] * len(found)

@@ -201,7 +201,9 @@ def print_group(name, runs, score):
 
 
 def diff_codes(base, run):
-    """The lines of a unified diff of the codes of two runs; none where one is unknown."""
+    """The lines of a unified diff of two runs' codes; none where they are equal, or one unknown."""
+    if run["log"].get("code") == base["log"].get("code"):
+        return []
     old, new = (one["log"].get("sources") or {} for one in (base, run))
     lines = []
     for name in sorted({*old, *new} - {"ood_data.py", "ood_utils.py"}) if old and new else ():
@@ -213,7 +215,7 @@ def diff_codes(base, run):
 def print_code_differences(groups):
     (base, *_), *others = groups.values()
     for run, *_ in others:
-        lines = diff_codes(base, run) if run["log"].get("code") != base["log"].get("code") else []
+        lines = diff_codes(base, run)
         if lines:
             print(f"The code of {run['stem']} against that of {base['stem']}:")
             print("\n".join(lines[:DIFF_LINES]))
