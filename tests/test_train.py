@@ -33,19 +33,17 @@ def test_crops_are_torchvisions_and_uniform():
     (image,) = random_images(1)
     padded = TF.pad(image, 4)
     crops = [TF.crop(padded, row, column, 32, 32) for row in range(9) for column in range(9)]
-    flipped = [TF.hflip(crop) for crop in crops]
+    crops += [TF.hflip(crop) for crop in crops]
     found = train.crop_and_flip(image.expand(16200, 3, 32, 32), generator)
     counts = Counter(crop.numpy().tobytes() for crop in found)
-    assert set(counts) == {crop.numpy().tobytes() for crop in crops + flipped}
+    assert set(counts) == {crop.numpy().tobytes() for crop in crops}
     assert all(abs(count - 100) < 50 for count in counts.values())
-    assert abs(sum(counts[crop.numpy().tobytes()] for crop in flipped) - 8100) < 320
     greys = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(256, 3, 32, 32)
     found = train.crop_and_flip(greys, generator)
     assert torch.equal(found[:, :, 16, 16], greys[:, :, 16, 16])  # each image has its own crop
 
 
 def test_epochs_are_functions_of_seed_and_epoch(monkeypatch):
-    """The order, and what an augmentation draws; augment_batch may be edited."""
     numbered = torch.arange(50, dtype=torch.uint8)[:, None, None, None].expand(50, 3, 32, 32)
     monkeypatch.setitem(ood_data.CLOSED_SETS, "mine", lambda *args: (numbered, range(50), ["x"]))
     orders, drawn = [], []
@@ -59,7 +57,6 @@ def test_epochs_are_functions_of_seed_and_epoch(monkeypatch):
         loader = train.get_loader(True, "mine", batch_size=16, seed=seed)
         loader.epoch = epoch
         images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
-        assert loader.epoch == epoch + 1 and len(loader) == 4
         assert torch.equal(images, normalise(255 - numbered[labels]))
         orders.append(labels.tolist())
     assert all(sorted(order) == list(range(50)) for order in orders)
@@ -68,86 +65,39 @@ def test_epochs_are_functions_of_seed_and_epoch(monkeypatch):
     for is_train, augmented in ((True, False), (False, True)):
         ((images, labels),) = train.get_loader(is_train, "mine", augment=augmented)
         assert torch.equal(images, normalise(numbered)) and labels.tolist() == list(range(50))
+    monkeypatch.setattr(train, "augment_batch", lambda images, generator: images * 0.5)
+    with pytest.raises(InputError, match="Only uint8 images can be normalised"):
+        list(loader)  # floats would be trained on as they are, and tested normalised
 
 
 @pytest.mark.parametrize("size,stride,live", [
-    (2, 1, slice(0, 3)), (2, 2, slice(1, 3)), (1, 1, slice(1, 2)), (1, 2, slice(1, 2))
+    (2, 1, slice(0, 3)), (2, 2, slice(1, 3)), (1, 1, slice(1, 2))
 ])  # fmt: skip
 def test_small_convolutions_equal_full_ones(size, stride, live):
-    """Outputs, gradients, and the full kernel, with zeros where it only sees padding."""
     full = nn.Conv2d(4, 6, 3, stride, padding=1, bias=False).double()
     small, maps = train.SmallMapConv(full, live), torch.randn(5, 4, size, size).double()
-    torch.testing.assert_close(small(maps), full(maps))
-    for network in (full, small):
-        network(maps).square().sum().backward()
-    torch.testing.assert_close(small.weight.grad, full.weight.grad[:, :, live, live])
-    kernel = small.state_dict()["weight"]
-    assert torch.equal(kernel[:, :, live, live], full.weight[:, :, live, live])
-    assert kernel.shape == full.weight.shape and kernel.count_nonzero() == small.weight.numel()
-    small.load_state_dict({"weight": torch.ones(6, 4, 3, 3)})
-    assert (small.weight == 1).all()
+    expected = full(maps)
+    torch.testing.assert_close(small(maps), expected)
+    full.load_state_dict(small.state_dict())
+    torch.testing.assert_close(full(maps), expected)
 
 
 def test_the_network_is_torchvisions(tmp_path):
-    """In float64, forward and after a step; the stem is known from the weights."""
-    network = train.build_network(10)
-    if not isinstance(network, ResNet):
+    """In float64, after a step; the stem is known from the weights."""
+    if not isinstance(train.build_network(10), ResNet):
         pytest.skip("another network: --stem is for ResNets")
-    cifar = train.build_network(10, "cifar")
     full, small_stem = resnet18(num_classes=10), resnet18(num_classes=10)
     small_stem.conv1, small_stem.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-    images, labels = normalise(random_images(5)).double(), torch.arange(5)
-    images = images.contiguous(memory_format=torch.channels_last)
-    maps = []
-    for module in network.modules():
-        if isinstance(module, train.SmallMapConv):
-            module.register_forward_hook(lambda module, inputs, output: maps.append(output))
     config = Config(lr=0.001, precision="float32")
-    for one, other in ((network, full), (cifar, small_stem)):
-        state = one.state_dict()
-        torch.save(state, tmp_path / "a.pth")
-        loaded = train.load_network(tmp_path / "a.pth").state_dict()
-        torch.testing.assert_close(loaded, state, rtol=0, atol=0)
-        other.load_state_dict(state)
-        one.double().to(memory_format=torch.channels_last)
-        other.double()
-        few = images if one is network else images[:2]
-        torch.testing.assert_close(one.eval()(few), other.eval()(few), rtol=1e-9, atol=1e-9)
-    for model in (network.train(), full.train()):
-        train_step(model, build_optimizer(model, config), images, labels, config)
-    torch.testing.assert_close(network.state_dict(), full.state_dict(), rtol=1e-9, atol=1e-9)
-    last = [one.is_contiguous(memory_format=torch.channels_last) for one in maps]
-    assert last == [True] * 2 * 7  # evaluated, and trained
-
-
-def test_a_network_without_logits_is_refused_before_training(in_tiny_run, monkeypatch):
-    network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    monkeypatch.setattr(train, "build_network", lambda *args: network)
-    with pytest.raises(InputError, match="needs an nn.Linear"):
-        train_quietly("pets", "new.pth")
-
-
-def test_what_augments_must_return_bytes(monkeypatch):
-    """Floats would be trained on as they are, and tested normalised."""
-    monkeypatch.setattr(train, "augment_batch", lambda images, generator: images * 0.5)
-    with pytest.raises(InputError, match="Only uint8 images can be normalised, not torch.float32"):
-        get_transform()(random_images(2))
-
-
-@pytest.mark.parametrize("kind,able,expected", [
-    ("cpu", {"avx512_bf16": True}, "bfloat16"),
-    ("cpu", {"bf16": True}, "bfloat16"),  # ARM
-    ("cpu", {"avx2": True}, "float32"),
-    ("cuda:1", (7, 0), "float32"),
-    ("cuda:1", (9, 0), "bfloat16"),
-    ("mps", None, "float32"),
-])  # fmt: skip
-def test_auto_is_bfloat16_where_the_chosen_device_has_it(kind, able, expected, monkeypatch):
-    device = torch.device(kind)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", {device: able}.get)
-    assert train.pick_precision("auto", device) == expected
-    assert train.pick_precision("float32", device) == "float32"
+    for stem, other, count in (("imagenet", full, 5), ("cifar", small_stem, 2)):
+        images, labels = normalise(random_images(count)).double(), torch.arange(count)
+        torch.save(train.build_network(10, stem).state_dict(), tmp_path / "a.pth")
+        other.load_state_dict(torch.load(tmp_path / "a.pth"))
+        models = train.load_network(tmp_path / "a.pth").double(), other.double()
+        for model in models:
+            train_step(model.train(), build_optimizer(model, config), images, labels, config)
+        ours, theirs = (model.state_dict() for model in models)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("precision,least,most", [("float32", 0, 1e-6), ("bfloat16", 1e-5, 1e-2)])
@@ -167,13 +117,11 @@ def test_train_step_is_sgd_by_hand(precision, least, most):
         velocity = 0.8 * velocity + gradient + 0.01 * weight
         weight = weight - 0.5 * velocity
         train_step(model, optimizer, inputs, labels, config)
-    error = (model.weight.detach() - weight).abs().max()
-    assert least <= error <= most
+    assert least <= (model.weight.detach() - weight).abs().max() <= most
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_captured_steps_have_the_bits_of_eager_ones(monkeypatch):
-    """Two epochs of 20 batches and a shorter one, at two learning rates."""
     images, labels = random_images(128 * 20 + 80), torch.arange(128 * 20 + 80) % 100
     states = []
     for eager_steps in (3, 100):
@@ -208,21 +156,15 @@ def test_the_log_holds_settings_and_rates(settings, rates, in_tiny_run, monkeypa
 
     monkeypatch.setattr(train, "build_optimizer", build)
     monkeypatch.setattr(train, "train_epoch", epoch)
-    train_quietly("pets/", "new.pth", **settings)
+    train_quietly("pets", "new.pth", **settings)
     log = read_json("new.json")
     np.testing.assert_allclose([epoch["lr"] for epoch in log["epochs"]], rates)
     np.testing.assert_allclose(seen, [[rate, 10 * rate] for rate in rates])
     assert log["config"]["dataset"] == str(in_tiny_run / "pets")  # for a start elsewhere
-    assert log["config"]["precision"] in ("bfloat16", "float32")
-    assert log["classes"] == ["cat", "dog"]
-    assert log["versions"]["torch"] == torch.__version__
     assert log["sources"]["train.py"] == (ROOT / "train.py").read_text()
-    assert {"train.py", "ood_data.py", "ood_utils.py"} <= log["sources"].keys()
-    assert log["code"] == train.digest_code(log["sources"])
 
 
 def test_what_code_draws_repeats(in_tiny_run, monkeypatch):
-    """With NumPy, random and torch, in an augmentation."""
     drawn = []
 
     def augment(images, generator):
@@ -255,12 +197,11 @@ def test_a_second_run_of_one_checkpoint_touches_nothing(in_tiny_run, monkeypatch
         with pytest.raises(InputError, match="Another run"):
             train_quietly("pets", "new.pth")
         assert not files_of("new")
-        Path("seen").touch()
         return train_step(*args)
 
     monkeypatch.setattr(train, "train_step", step)
     train_quietly("pets", "new.pth", epochs=1)
-    assert Path("seen").exists() and set(files_of("new")) == {".pth", ".json"}
+    assert train.train_step is train_step and set(files_of("new")) == {".pth", ".json"}
 
 
 @pytest.mark.slow
@@ -276,7 +217,5 @@ def test_the_real_command_survives_ten_kills(tmp_path, monkeypatch):
             Path("cut.pth").unlink()  # finished: the next one starts anew
         except subprocess.TimeoutExpired:  # it was killed
             kills += 1
-        for path in tmp_path.glob("cut*.pth"):
-            torch.load(path, weights_only=True)
     subprocess.run([*command, "cut.pth"], check=True)
     assert same_bits("cut.pth", "whole.pth")
