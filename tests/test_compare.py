@@ -16,6 +16,8 @@ SETS = {"gaussian": "noise", "blob": "noise", "svhn": "images", "photos": "image
 SETTINGS = {"seed": 0, "epochs": 3, "lr": 0.1, "classes": ["cat", "dog"], "code": "c"}
 OLD = {"sources": {"train.py": "a = 1\nb = 2\n"}}
 NEW = {"sources": {"train.py": "a = 1\nb = loss(3)\n", "losses.py": "def loss(x):\n"}, "code": "e"}
+SAME = {"sources": {"train.py": "a = 1  # one\nb = 2\n"}}  # of equal digest
+LONG = {"sources": {"train.py": "\n".join(f"c{i} = {i}" for i in range(100))}, "code": "f"}
 
 
 def write_run(name, figures=(40, 50, 50, 50, 50), weights=None, sources=None, **changes):
@@ -116,12 +118,13 @@ def test_a_change_without_effect_earns_a_star_in_one_table_of_twenty():
 
 
 @pytest.mark.parametrize("base,tweak,expected", [
+    ([50, None], [54, 55], "n/a"),  # an undefined figure
     ([50, 51, 53], [54], "+2.67 (50.00 to 53.00)"),
     ([50], [54], "+4.00"),
     ([50, 50], [51, 51], "+1.00 (51.00 to 51.00)"),  # the rounding of a few images, not certainty
 ])  # fmt: skip
 def test_without_an_interval_the_range_is_shown(base, tweak, expected, printed, recwarn):
-    groups = [[[figure] * 5 for figure in figures] for figures in (base, tweak)]
+    groups = [[[40, *[figure] * 4] for figure in figures] for figures in (base, tweak)]
     table = last_table(printed(*write_groups(*groups)))
     assert table["blob"][-1] == expected and not recwarn.list
 
@@ -143,6 +146,8 @@ def test_runs_of_one_seed_are_averaged_first(printed):
     ([{}, {"warm_up": 5}], ["r0: warm_up None", "r1: warm_up 5"]),  # a setting that one log lacks
     ([{}, {"classes": ["cat"]}], ["r0: 2 classes", "r1: 1 classes"]),
     ([OLD, NEW], ["r0: code c", "r1: code `def loss(x):`"]),
+    ([OLD, SAME | {"lr": 9}, LONG],
+     ["r0: lr 0.1, code c", "r1: lr 9, code c", "r2: lr 0.1, code `c0 = 0`"]),
 ])  # fmt: skip
 def test_groups_are_named_by_what_differs(runs, names, printed):
     titles = [line for line in printed(*write_runs(*runs)).splitlines() if "; error rate" in line]
@@ -167,6 +172,8 @@ def test_codes_are_compared_line_by_line(printed):
     assert "The code of r1 against that of r0:\n" in out
     assert "\n-b = 2\n+b = loss(3)\n" in out and "\n+def loss(x):\n" in out
     assert "of 2 runs" in printed(*files, ignore_code=True)
+    out = printed(*write_runs(OLD, LONG))
+    assert "+c34" in out and "+c36" not in out and "... and 65 lines more" in out  # of 105
 
 
 def test_equal_weights_count_once_or_had_no_effect(printed):
@@ -184,6 +191,8 @@ def test_equal_weights_count_once_or_had_no_effect(printed):
      "r0.ood.json and r1.ood.json differ in the content of set svhn"),
     (lambda file: edit(file, scores={"msp": "edited"}), "differ in the content of score msp"),
     (lambda file: edit(file, error_rate=float("nan")), "a figure is no percentage"),
+    (lambda file: edit(file, rows=[]), "r1.ood.json is no .ood.json file"),
+    (lambda file: file.unlink(), "r1.ood.json"),
     (lambda file: edit(file, rows=read_json(file)["rows"][4:]), "has no score msp: use gen"),
     (lambda file: file.write_bytes(bytes(range(256)) * 4000), "r1.ood.json is no .ood.json file"),
 ])  # fmt: skip

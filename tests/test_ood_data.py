@@ -96,13 +96,29 @@ def test_the_first_images_of_a_folder_are_not_all_of_one_class(tmp_path):
     assert files == build_ood_loader(tmp_path, 40).files[:10]
 
 
-def test_images_of_another_form_are_refused(monkeypatch):
-    images = torch.zeros(9, 3, 32, 32)
+BYTES = torch.full((9, 3, 32, 32), 128, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("images", [BYTES.float(), BYTES[:0], BYTES.repeat(1, 1, 2, 2)])
+def test_images_of_another_form_are_refused(images, monkeypatch):
     monkeypatch.setitem(ood_data.OOD_IMAGES, "mine", lambda root, count: images)
     monkeypatch.setitem(ood_data.CLOSED_SETS, "mine", lambda *args: (images, [0] * 9, ["x"]))
     for read in (read_closed_set, lambda name: build_ood_loader(name, 9)):
-        with pytest.raises(InputError, match="mine has torch.float32"):
+        with pytest.raises(InputError, match="mine has torch"):
             read("mine")
+    with pytest.raises(InputError, match="at least 1"):
+        build_ood_loader("mine", -5)
+
+
+def test_noise_of_a_user_may_be_bytes_which_are_normalised(monkeypatch):
+    for noise, value in (
+        (BYTES.numpy(), (128 / 255 - MEAN[0]) / STD[0]),
+        (np.ones(BYTES.shape), 1),
+    ):
+        monkeypatch.setitem(ood_data.NOISES, "mine", lambda rng, count, noise=noise: noise)
+        ((images, _),) = build_ood_loader("mine", 5)
+        assert images.dtype == torch.float32 and images.shape == (5, 3, 32, 32)
+        np.testing.assert_allclose(images[:, 0], value, atol=1e-6)
 
 
 def test_the_closed_set_is_no_ood_set(class_folder):
@@ -142,3 +158,13 @@ def test_validation_images_are_neither_trained_on_nor_tested_on():
     assert rest | held_out == contents_of(True)
     assert not held_out & rest and not held_out & test
     assert held_out == contents_of(False, validation=200, seed=5)
+    with pytest.raises(InputError, match="--validation 1437 leaves none of the 1437 images"):
+        contents_of(True, validation=1437)
+
+
+def test_a_folder_may_have_validation_images_of_its_own(class_folder):
+    for name in ("cat", "dog"):
+        write_images(class_folder / "val" / name, 3, seed=20)
+    for is_train, count in ((True, 24), (False, 6)):
+        images, _, classes = read_closed_set(class_folder, train=is_train, validation=5)
+        assert len(images) == count and classes == ["cat", "dog"]

@@ -38,6 +38,35 @@ def test_performance_equals_brute_force_in_both_conventions(pos, neg):
         np.testing.assert_allclose(found, brute_force(one, other), rtol=0, atol=1e-12)
 
 
+def test_performance_known_by_hand(capsys):
+    # Precision at the positives: 1/1 and 2/3; the second is reached past one of two negatives.
+    np.testing.assert_allclose(get_performance([4, 2], [3, 1]), (0.75, (1 + 2 / 3) / 2, 0.5))
+    scores = torch.tensor([4.0, 2.0, 5.0], dtype=torch.bfloat16, requires_grad=True)
+    ood_utils.show_performance(scores, [3, 1])
+    assert capsys.readouterr().out == "AUROC: 83.3333, AUPR: 91.6667, FPR95: 50.0000\n"
+    assert ood_utils.get_threshold(np.arange(21.0)) == 1  # 20 of 21: 19 are 0.905
+
+
+@pytest.mark.parametrize("scores", [
+    ["1", "2"], [True, False], np.array([1 + 2j]), torch.tensor([True]), [], [1.0, np.nan],
+    [np.inf], np.ones((3, 2)), [None, 1.0], np.ma.masked_array([1.0, 2.0], [False, True]),
+], ids=str)  # fmt: skip
+def test_what_is_no_finite_number_is_refused(scores):
+    for pair in ((scores, [1.0]), ([1.0], scores)):
+        with pytest.raises(InputError, match="Scores must be"):
+            get_performance(*pair)
+
+
+@pytest.mark.parametrize("scale", [5, 800])
+def test_scores_point_one_way_and_stay_finite(scale):
+    """Confident above undecided, also where a softmax reaches exactly 1 and 0."""
+    logits = torch.zeros(2, 100, dtype=torch.float64)
+    logits[0, 7] = scale
+    for name, score in ood_utils.SCORES.items():
+        sure, undecided = score(logits)
+        assert sure.isfinite() and undecided.isfinite() and sure > undecided, name
+
+
 def test_scores_equal_their_formulas():
     z = np.random.default_rng(0).normal(0, 4, (50, 120))
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
@@ -64,9 +93,12 @@ def risks_by_orders(scores, correct):
     return np.mean(areas, axis=0)
 
 
-def test_aurc_and_augrc_equal_brute_force_over_orders():
-    ranked = [3, 2, 2, 2, 1], [True, False, True, True, False]
-    assert ood_utils.get_risks(*ranked) == pytest.approx(risks_by_orders(*ranked), abs=1e-12)
+@pytest.mark.parametrize("scores,correct", [
+    ([3, 2, 2, 2, 1], [True, False, True, True, False]), ([1, 2], [False, False])
+])  # fmt: skip
+def test_aurc_and_augrc_equal_brute_force_over_orders(scores, correct):
+    found = ood_utils.get_risks(scores, correct)
+    assert found == pytest.approx(risks_by_orders(scores, correct), abs=1e-12)
 
 
 def test_get_ood_scores_is_float64_in_eval_mode():
@@ -76,9 +108,14 @@ def test_get_ood_scores_is_float64_in_eval_mode():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Dropout(0.9))
     model[0].weight.data = torch.eye(2)
     batches = [(logits[:2], labels[:2]), (logits[2:], labels[2:], "an index")]
-    scores, right, wrong = get_ood_scores(model, batches, closed_set=True)
-    assert scores.tolist() == get_ood_scores(model, batches).tolist() == expected
-    assert right.tolist() == expected[:2] and wrong.tolist() == expected[2:]
+    dataset = torch.utils.data.TensorDataset(logits, labels)
+    for loader in (batches, torch.utils.data.DataLoader(dataset, 2)):
+        scores, right, wrong = get_ood_scores(model, loader, closed_set=True)
+        assert scores.tolist() == get_ood_scores(model, loader).tolist() == expected
+        assert right.tolist() == expected[:2] and wrong.tolist() == expected[2:]
+    for loader, message in (([], "No batch"), ([(logits, [1, 0, -1])], "needs a label for every")):
+        with pytest.raises(InputError, match=message):
+            get_ood_scores(model, loader, closed_set=True)
 
 
 def test_images_that_are_not_normalised_are_refused():

@@ -100,6 +100,18 @@ def test_the_network_is_torchvisions(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind,able,expected", [
+    ("cpu", {"avx512_bf16": True}, "bfloat16"), ("cpu", {"avx2": True}, "float32"),
+    ("cuda:1", (9, 0), "bfloat16"), ("cuda:1", (7, 0), "float32"), ("mps", None, "float32"),
+])  # fmt: skip
+def test_auto_is_bfloat16_where_the_chosen_device_has_it(kind, able, expected, monkeypatch):
+    device = torch.device(kind)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {device: able}.get)
+    assert train.pick_precision("auto", device) == expected
+    assert train.pick_precision("float32", device) == "float32"
+
+
 @pytest.mark.parametrize("precision,least,most", [("float32", 0, 1e-6), ("bfloat16", 1e-5, 1e-2)])
 def test_train_step_is_sgd_by_hand(precision, least, most):
     """v = m v + (g + wd w); w = w - lr v; the smoothed target is (1 - s) at the label + s / C."""
