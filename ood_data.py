@@ -1,5 +1,6 @@
 """Every image set: closed sets to train and test on, OOD sets to detect.
 
+The closed set is the in-distribution one, whose classes a network is trained on.
 Image sets are uint8 (N, 3, 32, 32); the loader normalises them. Noises are float32 and
 enter the network as they are: in its input space -1 is about pixel 70 and +1 about 172.
 outlier-exposure (github.com/hendrycks/outlier-exposure), whose idea they are, normalises
@@ -116,9 +117,9 @@ def read_class_folder(folder, split):
 
 def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
     """Return images uint8 (N, 3, 32, 32), labels (N,), class names. validation: how many
-    training images to hold out, the same ones for every seed; of a folder with val/, those
-    instead. With train=False they take the place of the test images. Raises InputError for an
-    unknown set, OSError for an unavailable one."""
+    training images to hold out, the same ones for every seed; a folder with val/ has its own,
+    all of them. With train=False they take the place of the test images. Raises InputError for
+    an unknown set, OSError for an unavailable one."""
     folder = Path(os.path.expanduser(dataset))
     if dataset in CLOSED_SETS:
         data = CLOSED_SETS[dataset](data_root, train or validation > 0)
@@ -281,11 +282,13 @@ def check_images(images, name, dtype=torch.uint8):
         raise InputError(f"{name} has {images.dtype} {tuple(images.shape)}, not images {form}.")
 
 
-def digest(loader):
-    """8 hex digits of a set: all images and labels, and 1,000 images as the network gets them."""
+def digest(loader, as_input=False):
+    """8 hex digits of a set's images and labels; with as_input also of 1,000 images as the
+    network gets them, which MEAN and STD change."""
     content = hashlib.sha256(loader.images.cpu().contiguous().numpy())
     content.update(loader.labels.cpu().numpy())
-    content.update(to_input(loader.images[:1000].cpu()).contiguous().numpy())
+    if as_input:
+        content.update(to_input(loader.images[:1000].cpu()).contiguous().numpy())
     return content.hexdigest()[:8]
 
 

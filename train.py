@@ -108,10 +108,10 @@ def get_loader(train=True, dataset=Config.dataset, augment=True, validation=0, *
     options: data_root; batch_size, seed and device of ImageLoader."""
     data_root = options.pop("data_root", Config.data_root)
     data = ood_data.read_closed_set(dataset, data_root, train, validation)
-    if train and augment:
+    augment = train and augment
+    if augment:
         options = {"batch_size": Config.batch_size, "shuffle": True} | options
-        options["transform"] = get_transform()
-    return ImageLoader(*data, **options)
+    return ImageLoader(*data, transform=get_transform(augment), **options)
 
 
 # Network --------------------------------------------------------------------------------
@@ -126,13 +126,13 @@ def build_network(num_classes=100, stem=Config.stem):
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
         return model
-    for name, live in SMALL_MAPS.items():
+    for name, live in SMALL_MAPS.items():  # for speed: the function is the same
         model.set_submodule(name, SmallMapConv(model.get_submodule(name), live))
     return model
 
 
-# With the stem for photographs, these convolutions get maps of 2x2 or 1x1: which rows, and
-# columns, of their kernels ever meet a pixel.
+# The rows, and columns, of 3x3 kernels that ever meet a pixel: with the stem for photographs,
+# these convolutions get maps of 2x2 or 1x1 pixels.
 SMALL_MAPS = dict.fromkeys(("layer3.0.conv2", "layer3.1.conv1", "layer3.1.conv2"), slice(0, 3))
 SMALL_MAPS |= {"layer4.0.conv1": slice(1, 3), "layer4.0.conv2": slice(1, 2)}
 SMALL_MAPS |= {"layer4.1.conv1": slice(1, 2), "layer4.1.conv2": slice(1, 2)}
@@ -232,7 +232,7 @@ def train_epoch(model, optimizer, loader, config):
             captured = capture_step(model, optimizer, images, labels, config)
         step = captured if captured and full else train_step
         losses.append(step(model, optimizer, images, labels, config))
-    loss = torch.stack(losses).double().mean().item()  # once: each reading makes a GPU wait
+    loss = torch.stack(losses).cpu().double().mean().item()  # once: reading makes a GPU wait
     if not math.isfinite(loss):
         raise InputError(f"The loss is not finite at epoch {epoch}: lower --lr.")
     return loss
@@ -392,9 +392,10 @@ def start_log(config, device, loaders):
     settings |= {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     log = {"date": started, "command": shlex.join(sys.argv), "config": settings}
-    data, tested_on = (ood_data.digest(loader) for loader in loaders)
-    log |= {"classes": loaders[0].classes, "images": len(loaders[0].images)}
-    log |= {"data": data, "tested_on": tested_on}
+    train_loader, test_loader = loaders
+    log |= {"classes": train_loader.classes, "images": len(train_loader.images)}
+    log["data"] = ood_data.digest(train_loader, as_input=True)
+    log["tested_on"] = ood_data.digest(test_loader)
     log |= {"code": digest_code(SOURCES), "sources": SOURCES}
     return log | ood_utils.describe(device) | {"epochs": []}
 
@@ -474,22 +475,22 @@ def read_sources(script):
 
 
 def digest_code(sources):
-    """8 hex digits of {name: text}, without comments, docstrings and the values of Config.
-    ood_data.py and ood_utils.py are left out, so that an added OOD set or score parts no seeds;
-    the data have a digest of their own."""
+    """8 hex digits of {name: text}: runs of equal digest are of one setting, and --resume
+    refuses another one. Comments, docstrings and the values of Config do not count, nor do
+    ood_data.py and ood_utils.py: an OOD set or score may be added between two seeds."""
     digest = hashlib.sha256()
     for name in sorted(sources.keys() - {"ood_data.py", "ood_utils.py"}):
         tree = ast.parse(sources[name])
         for node in tree.body if name == "train.py" else ():
             if isinstance(node, ast.ClassDef) and node.name == "Config":
-                node.body = [getattr(part, "target", part) for part in node.body]
+                node.body = [getattr(part, "target", part) for part in node.body]  # names only
         digest.update(repr(simplify(tree)).encode())
     return digest.hexdigest()[:8]
 
 
 def simplify(node):
-    """A syntax tree as lists, without docstrings, and without the fields that are empty. These
-    differ between versions of Python."""
+    """A syntax tree as lists, without docstrings, and without empty fields, in which versions of
+    Python differ."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return None  # a docstring
     if isinstance(node, list):

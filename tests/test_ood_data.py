@@ -145,6 +145,16 @@ def test_downloads_into_one_folder_wait_for_each_other(tmp_path, capfd):
     assert events == ["begin", "end"] * 3
 
 
+def test_another_std_is_another_training_on_the_same_images(monkeypatch):
+    loader, digests = train.get_loader(False, "digits"), set()
+    for std in (STD, (0.3, 0.3, 0.3)):
+        ood_data.statistics.cache_clear()
+        monkeypatch.setattr(ood_data, "STD", std)
+        digests |= {ood_data.digest(loader), ood_data.digest(loader, as_input=True)}
+    ood_data.statistics.cache_clear()
+    assert len(digests) == 3
+
+
 def contents_of(is_train, **options):
     loader = train.get_loader(is_train, "digits", **options)
     pairs = zip(loader.images, loader.labels.tolist(), strict=True)

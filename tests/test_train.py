@@ -68,6 +68,9 @@ def test_epochs_are_functions_of_seed_and_epoch(monkeypatch):
     monkeypatch.setattr(train, "augment_batch", lambda images, generator: images * 0.5)
     with pytest.raises(InputError, match="Only uint8 images can be normalised"):
         list(loader)  # floats would be trained on as they are, and tested normalised
+    monkeypatch.setattr(train, "get_transform", lambda train: lambda images, generator: train)
+    seen = [next(iter(train.get_loader(is_train, "mine")))[0] for is_train in (True, False)]
+    assert seen == [True, False]
 
 
 @pytest.mark.parametrize("size,stride,live", [
