@@ -1,4 +1,5 @@
-"""From a network's logits to OOD scores, and from scores to AUROC, AUPR and FPR95.
+"""From a network's logits to OOD scores, and from scores to AUROC, AUPR and FPR95. Below: what
+train.py and test.py share to check settings and write files.
 
 Every score points the same way: **higher means more in-distribution**. Metrics are
 fractions; what is printed is percent.
@@ -60,7 +61,7 @@ def entropy(logits):
 
 
 def gen(logits, gamma=0.1, top=100):
-    """Minus the sum of p^gamma (1 - p)^gamma (Liu et al., GEN, CVPR 2023)."""
+    """Negative generalised entropy, the sum of p^gamma (1 - p)^gamma (Liu et al., CVPR 2023)."""
     p = logits.softmax(1).topk(min(top, logits.shape[1]), 1).values
     return -(p**gamma * (1 - p) ** gamma).sum(1)
 
@@ -95,7 +96,7 @@ def get_logits(model, dataloader):
     model.eval()
     with full_precision(parameter.device):
         for images, targets, *_ in tqdm(dataloader, "scoring", delay=1, leave=False, disable=None):
-            if not normalised:  # these lie within -2.5 and 3, others in [0, 255] or about [0, 1]
+            if not normalised:  # they lie within -2.5 and 3, others in [0, 255] or about [0, 1]
                 normalised = bool(images.amin() < -0.5 or 1.3 < images.amax() < 3)
             images = images.to(parameter.device, parameter.dtype)
             logits.append(model(images).float().cpu())

@@ -55,7 +55,7 @@ class Config:
 
 TEST_PER_OOD = 5  # test images per OOD image; AUPR's chance level depends on it
 CLOSED = "closed set"
-SPLIT = "right / wrong"  # correctly classified test images against misclassified ones
+RIGHT_WRONG = "right / wrong"  # correctly classified test images against misclassified ones
 RESERVED = (CLOSED, "error rate", "mean of noises", "mean of image sets")  # rows of tables
 METRICS = {"auroc": "AUROC", "aupr": "AUPR, in-distribution positive"}
 METRICS |= {"fpr95": "FPR95, in-distribution positive"}
@@ -66,7 +66,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def evaluate(config=None):
     """Evaluate checkpoints one after the other; return what the JSON of each holds. config: a
     Config, by default the published evaluation. Raises InputError or OSError; of several
-    checkpoints, one that cannot be evaluated costs a line and is None."""
+    checkpoints, an InputError of one is printed, and its evaluation is None."""
     config = ood_utils.check(config or Config())
     paths = find_checkpoints(config)
     evaluations = []
@@ -109,7 +109,7 @@ def find_checkpoints(config):
 
 
 def output_path(config, path):
-    """Where X.pth would be beside its evaluation: for results/, the working directory."""
+    """The path whose ending becomes .ood.json: beside the checkpoint, but not in results/."""
     folder = Path() if path.resolve().parent == RESULTS else path.parent
     if folder.resolve() == RESULTS and not config.output:
         raise InputError(f"{RESULTS} is not written to: pass --output.")
@@ -160,7 +160,8 @@ def load_sets(config, trained_on):
     asked = {"dataset": dataset, "split": config.split, "seed": config.seed}
     conditions = {"config": asked | {"ood_types": list(names)}, **ood_utils.describe(device)}
     print(f"device: {conditions['device']}, float32", file=sys.stderr)
-    digests = {name: digest_score(score) for name, score in SCORES.items()}
+    classes = len(loaders[CLOSED].classes)
+    digests = {name: digest_score(score, classes) for name, score in SCORES.items()}
     return loaders, conditions | {"skipped": skipped, "scores": digests}
 
 
@@ -184,9 +185,9 @@ def name_sets(ood_types, dataset):
     return names
 
 
-def digest_score(score):
+def digest_score(score, classes=100):
     """8 hex digits of what a score makes of fixed logits."""
-    logits = np.random.default_rng(0).normal(0, 5, (20, 100))
+    logits = np.random.default_rng(0).normal(0, 5, (20, classes))
     values = score(torch.from_numpy(logits)).tolist()
     return hashlib.sha256(" ".join(f"{value:.6g}" for value in values).encode()).hexdigest()[:8]
 
@@ -229,7 +230,7 @@ def score_sets(model, loaders, path=None):
     return scores, predictions
 
 
-def compare_groups(pos, neg):
+def measure_pair(pos, neg):
     """Counts, and metrics in percent in both conventions; None where a group is empty."""
     row = {"positives": len(pos), "negatives": len(neg), **dict.fromkeys(METRICS)}
     if len(pos) and len(neg):
@@ -264,9 +265,9 @@ def measure(scores, predictions, loaders):
         aurc, augrc = ood_utils.get_risks(closed, correct)
         figures["aurc"][score], figures["augrc"][score] = 100 * aurc, 100 * augrc
         pairs = {name: (closed, scores[name][:, column]) for name in scores if name != CLOSED}
-        pairs = {SPLIT: (closed[correct], closed[~correct])} | pairs
+        pairs = {RIGHT_WRONG: (closed[correct], closed[~correct])} | pairs
         for name, pair in pairs.items():
-            figures["rows"].append({"set": name, "score": score} | compare_groups(*pair))
+            figures["rows"].append({"set": name, "score": score} | measure_pair(*pair))
     return figures
 
 
@@ -276,8 +277,8 @@ def print_report(evaluation, score):
     rows = {row["set"]: row for row in evaluation["rows"] if row["score"] == score}
     print(f"Error Rate {evaluation['error_rate']:.4f}")
     table = []
-    for name in (SPLIT, *evaluation["config"]["ood_types"]):
-        if name != SPLIT:
+    for name in (RIGHT_WRONG, *evaluation["config"]["ood_types"]):
+        if name != RIGHT_WRONG:
             print(f"ood type: {name}")
         if name in evaluation["skipped"]:
             print(f"skipped: {evaluation['skipped'][name]}")
@@ -297,7 +298,7 @@ def print_report(evaluation, score):
 
 
 def write(evaluation, scores, predictions, loaders, path):
-    """Write X.ood.npz and X.ood.json for a path X.pth; what differs there keeps another name.
+    """Write X.ood.npz and X.ood.json for a path X.pth; another evaluation there is moved first.
     The .npz has what any other metric needs."""
     arrays = {"score_names": list(SCORES), "labels": loaders[CLOSED].labels.cpu().numpy()}
     arrays["predictions"] = predictions[CLOSED]

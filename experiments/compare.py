@@ -24,6 +24,7 @@ import tyro
 from scipy import stats
 from tyro.conf import Positional
 
+# As in test.py, which imports torch.
 METRICS = {"auroc": "AUROC", "aupr": "AUPR, in-distribution positive"}
 METRICS |= {"fpr95": "FPR95, in-distribution positive"}
 METRICS |= {"aupr_out": "AUPR, OOD positive", "fpr95_out": "FPR95, OOD positive"}
@@ -33,7 +34,7 @@ NOTE = """In brackets, the 95% interval (Welch's, unpaired) of the mean differen
 seeds, on these test images. *: significant at 5% after Holm's correction over all differences
 of the table."""
 NOTE_ONE = """No interval and no star for a single run, or where nothing varies. In parentheses, the
-range of the runs on the other side."""
+range of several runs."""
 
 
 @dataclass
@@ -59,6 +60,7 @@ def main(config):
     if len(groups) > 1:
         print_code_differences(groups)
         print_comparison(groups, config.score)
+    print_notes(groups, config.score)
     return 0 if drawn else 1
 
 
@@ -69,7 +71,7 @@ def fail(text):
 
 # Read and group -------------------------------------------------------------------------
 def read(file, config):
-    """Return what a file holds of a run: "table", its rows by score and set; "log"; "known", on
+    """Return what a file holds of a run: "table", its rows by score and set; "log"; "setting", on
     which its figures depend but for the "seed"."""
     try:
         run = json.loads(file.read_bytes())
@@ -79,9 +81,9 @@ def read(file, config):
         if not all(0 <= figure <= 100 for figure in (run["error_rate"], *rows["auroc"].dropna())):
             raise ValueError("a figure is no percentage")
         log = run["training"] or {"settings": {"file": str(file)}, "epochs": []}
-        known = log["settings"] | {"epochs_done": len(log["epochs"])}
+        setting = log["settings"] | {"epochs_done": len(log["epochs"])}
         run |= {"file": str(file), "table": rows, "weights": run["checkpoint"]["weights"]}
-        run |= {"log": log, "known": known, "seed": known.pop("seed", str(file))}
+        run |= {"log": log, "setting": setting, "seed": setting.pop("seed", str(file))}
         _ = run["scores"]
     except OSError as error:
         fail(error)
@@ -90,7 +92,7 @@ def read(file, config):
     if config.score not in rows.index:
         fail(f"{file} has no score {config.score}: use {', '.join(rows.index.unique('score'))}.")
     if config.ignore_code:
-        known.pop("code", None)
+        setting.pop("code", None)
     return run
 
 
@@ -101,9 +103,10 @@ def check_contents(runs):
         contents = {f"set {name}": one.get("digest") for name, one in run["sets"].items()}
         contents |= {f"score {name}": digest for name, digest in run["scores"].items()}
         for name, digest in contents.items():
-            file, other = seen.setdefault(name, (run["file"], digest)) if digest else ("", digest)
-            if digest != other:
-                fail(f"{file} and {run['file']} differ in the content of {name}.")
+            if digest:  # the published figures have none
+                file, other = seen.setdefault(name, (run["file"], digest))
+                if digest != other:
+                    fail(f"{file} and {run['file']} differ in the content of {name}.")
 
 
 def drop_copies(runs):
@@ -112,7 +115,7 @@ def drop_copies(runs):
     for run in runs:
         twins = [other for other in kept if other["weights"] == run["weights"]]
         logged = all(one["training"] for one in (run, *twins))
-        new = logged and all(twin["known"] != run["known"] for twin in twins)
+        new = logged and all(twin["setting"] != run["setting"] for twin in twins)
         if new or not twins:
             kept.append(run)
         if twins:
@@ -124,12 +127,12 @@ def drop_copies(runs):
 def group(runs):
     """{title: runs} of runs that differ in nothing but their seed; a title has the common start
     of their names, each run's "stem", and every setting in which runs differ."""
-    logged = [run["known"] for run in runs if run["training"]]
-    names = dict.fromkeys(name for known in logged for name in known)
+    logged = [run["setting"] for run in runs if run["training"]]
+    names = dict.fromkeys(name for setting in logged for name in setting)
     names = [name for name in names if any(k.get(name) != logged[0].get(name) for k in logged)]
     groups = {}
     for base in runs:
-        members = [run for run in runs if run["known"] == base["known"]]
+        members = [run for run in runs if run["setting"] == base["setting"]]
         if members[0] is not base:
             continue
         stems = [Path(run["file"]).name.removesuffix(".ood.json") for run in members]
@@ -143,9 +146,9 @@ def group(runs):
 
 def describe(name, run, base):
     """A setting in which runs differ, as text; "" where another one implies it."""
-    value = run["known"].get(name)
+    value = run["setting"].get(name)
     if name == "epochs_done":
-        return "" if value == run["known"]["epochs"] else f"only {value} epochs done"
+        return "" if value == run["setting"]["epochs"] else f"only {value} epochs done"
     if name == "classes":
         return f"{len(value or [])} classes"
     if name == "code":  # the first line that this code has instead
@@ -287,17 +290,25 @@ def difference_text(test, star, several):
 
 
 def print_comparison(groups, score):
-    """The comparison, what it leaves out, and what else differs."""
-    runs = [run for members in groups.values() for run in members]
+    """The comparison, and how to read it."""
     table = compare(groups, score)
     print_table(table, f"error rate and AUROC, {score}")
-    print(NOTE if "[" in table.to_string() else NOTE_ONE)
+    cells = table.to_string(header=False, index=False)
+    if "[" in cells:
+        print(NOTE)
+    if "(" in cells or "[" not in cells:
+        print(NOTE_ONE)
+
+
+def print_notes(groups, score):
+    """What the tables leave out, and what else differs."""
+    runs = [run for members in groups.values() for run in members]
     names = dict.fromkeys(name for run in runs for name in run["table"].loc[score].index)
-    left_out = [name for name in names if name not in table.index]
+    left_out = [name for name in names if name not in get_figures(runs, score)]
     if left_out:
         print(f"Left out, not in every file: {', '.join(left_out)}.")
     for name, members in groups.items():
-        if len({run["seed"] for run in members}) < len(members):
+        if len({run["seed"] for run in members}) < len(members) and len(groups) > 1:
             print(f"{name}: runs with the same seed are averaged first.")
     devices = [run["log"].get("device") for run in runs]
     versions = [(run["log"].get("versions") or {}).get("torch") for run in runs]

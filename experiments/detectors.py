@@ -115,7 +115,11 @@ def compare(config):
             skipped = "; ".join(described["skipped"].values())
             raise ood_utils.InputError(f"No OOD set to compare on: pass --ood-types. {skipped}")
         options["device"] = loaders[evaluation.CLOSED].images.device
-        training = train.get_loader(True, described["config"]["dataset"], False, **options)
+        held_out = 0
+        if config.split == "validation":
+            held_out = described["training"]["config"]["validation"]
+        dataset = described["config"]["dataset"]
+        training = train.get_loader(True, dataset, False, held_out, **options)
         last = copy.deepcopy(ood_utils.last_layer(model)).cpu().requires_grad_(False)
         to_fit = represent(model, last, training)
         sets = {name: represent(model, last, loader) for name, loader in loaders.items()}

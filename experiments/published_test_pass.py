@@ -103,7 +103,7 @@ def print_tables(results):
     known = {(row["set"], row["score"]): row for row in published["rows"]}
     if results["config"]["dataset"] != "cifar100":
         published, known = {}, {}
-    split = rows[rows["set"] == evaluation.SPLIT]
+    split = rows[rows["set"] == evaluation.RIGHT_WRONG]
     lines = {"error rate": summarise(by_pass(split, "error_rate"), published.get("error_rate"))}
     for name, of_set in rows.groupby("set", sort=False):
         row = known.get((name, results["config"]["score"]), {})

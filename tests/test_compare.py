@@ -166,6 +166,20 @@ def test_files_without_a_log_are_groups_of_their_own(printed):
     assert "Left out, not in every file: photos." in out and "photos" not in last_table(out)
 
 
+def test_what_tables_leave_out_is_said_of_a_single_group_too(printed):
+    one, two = write_runs({}, {})
+    edit(two, rows=[row for row in read_json(two)["rows"] if row["set"] != "svhn"])
+    assert "Left out, not in every file: svhn." in printed(one, two)
+
+
+def test_brackets_are_explained_where_there_are_some(printed):
+    """Not for a setting's own, in a title."""
+    one, other, *three = write_runs({}, *[{"milestones": [0.3, 0.6]}] * 3)
+    out = printed(one, other)
+    assert "milestones [0.3, 0.6]" in out and "No interval" in out and "In brackets" not in out
+    assert "No interval" in printed(one, *three)
+
+
 def test_codes_are_compared_line_by_line(printed):
     files = write_runs(OLD, NEW)
     out = printed(*files)
