@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import runpy
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -33,10 +34,11 @@ def on_the_cpu():
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """command("train.py", "--epochs", 0) runs the script as __main__; (status, stdout, stderr)."""
+    """command("train.py --epochs 0") runs a script as __main__; (status, stdout, stderr)."""
 
-    def run(script, *flags):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+    def run(line, *more):
+        script, *flags = shlex.split(line)
+        monkeypatch.setattr(sys, "argv", [script, *flags, *more])
         status = 0
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -56,12 +58,6 @@ def tiny_network(num_classes=100, stem=None):
     return nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(64, num_classes))
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    """Another network in build_network, for tests that are not about the network."""
-    monkeypatch.setattr(train, "build_network", tiny_network)
-
-
 def write_images(folder, count, seed=0, size=(40, 34)):
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -70,25 +66,16 @@ def write_images(folder, count, seed=0, size=(40, 34)):
         Image.fromarray(pixels).save(folder / f"{i:03d}.png")
 
 
-def write_class_folder(folder):
-    """A closed set of two classes, 12 training and 5 test images each."""
-    for i, name in enumerate(("cat", "dog")):
-        write_images(folder / "train" / name, 12, seed=i)
-        write_images(folder / "test" / name, 5, seed=10 + i)
-    return folder
-
-
 @pytest.fixture
-def class_folder(tmp_path):
-    return write_class_folder(tmp_path / "pets")
+def class_folder(tiny_folder, tmp_path):
+    return shutil.copytree(tiny_folder / "pets", tmp_path / "pets")
 
 
 def train_quietly(folder, checkpoint, **options):
     """Four epochs of two steps each; on the CPU, where the same run has the same bits."""
     settings = {"epochs": 4, "batch_size": 12, "lr": 0.02, "device": "cpu", "seed": 0}
     settings |= {"schedule": "steps", "milestones": (0.5, 0.7), "stem": "imagenet"}
-    settings |= {"dataset": str(folder), "checkpoint": str(checkpoint)}
-    return train.train_model(train.Config(**settings | options))
+    return train.train_model(train.Config(folder, checkpoint=checkpoint, **settings | options))
 
 
 def evaluate(path="digits_resnet18.pth", ood_types=("blob",), **options):
@@ -111,9 +98,12 @@ def files_of(stem):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """A closed set and runs of the tiny network, of which `cut` stopped in its second epoch."""
+    """A closed set of two classes, 12 training and 5 test images each, and runs of the tiny
+    network, of which `cut` stopped in its second epoch."""
     folder = tmp_path_factory.mktemp("tiny")
-    write_class_folder(folder / "pets")
+    for seed, name in enumerate(("cat", "dog")):
+        write_images(folder / "pets/train" / name, 12, seed)
+        write_images(folder / "pets/test" / name, 5, seed + 10)
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         patch.setattr(train, "build_network", tiny_network)
         patch.setattr(train, "SAVE_SECONDS", 0)
@@ -122,16 +112,16 @@ def tiny_folder(tmp_path_factory):
         for ending in ("json", "npz"):
             Path(f"a.ood.{ending}").write_text("an evaluation")
         train_quietly("pets", "whole.pth")
-        interrupted = mock.Mock(side_effect=[1, KeyboardInterrupt])  # after one epoch
-        patch.setattr(train, "rate_factor", interrupted)
+        patch.setattr(train, "rate_factor", mock.Mock(side_effect=[1, KeyboardInterrupt]))
         with pytest.raises(KeyboardInterrupt):
             train_quietly("pets", "cut.pth")
     return folder
 
 
 @pytest.fixture
-def in_tiny_run(tiny_folder, tmp_path, tiny, monkeypatch):
+def in_tiny_run(tiny_folder, tmp_path, monkeypatch):
     """The working directory of a test: a copy of tiny_folder."""
+    monkeypatch.setattr(train, "build_network", tiny_network)
     monkeypatch.chdir(shutil.copytree(tiny_folder, tmp_path / "runs"))
     return tmp_path / "runs"
 
@@ -139,5 +129,4 @@ def in_tiny_run(tiny_folder, tmp_path, tiny, monkeypatch):
 @pytest.fixture
 def no_network(monkeypatch):
     """Every download fails at once, as on a machine without a network."""
-    refuse = mock.Mock(side_effect=OSError("Name or service not known"))
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr("urllib.request.urlopen", mock.Mock(side_effect=OSError("no network")))
