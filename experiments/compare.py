@@ -125,8 +125,8 @@ def drop_copies(runs):
 
 
 def group(runs):
-    """{title: runs} of runs that differ in nothing but their seed; a title has the common start
-    of their names, each run's "stem", and every setting in which runs differ."""
+    """{title: runs} of runs that differ in nothing but their seed. A title has the common start
+    of their names and every setting in which runs differ. A run's "stem" is a short title."""
     logged = [run["setting"] for run in runs if run["training"]]
     names = dict.fromkeys(name for setting in logged for name in setting)
     names = [name for name in names if any(k.get(name) != logged[0].get(name) for k in logged)]
@@ -140,6 +140,8 @@ def group(runs):
         parts = [describe(name, base, runs[0]) for name in names if base["training"]]
         title = f"{stem}: {', '.join(filter(None, parts))}".removesuffix(": ")
         title += f" ({base['file']})" if title in groups else ""
+        if stem in [others[0]["stem"] for others in groups.values()]:
+            stem = title
         groups[title] = [run | {"stem": stem} for run in members]
     return groups
 
@@ -262,19 +264,19 @@ def compare(groups, score):
     by_seed = by_seed.agg(lambda values: values.mean(skipna=False))
     means = {name: by_seed.loc[name] for name in groups}  # a line for each seed
     (base_name, base), *others = means.items()
-    tests = [compare_means(base[row], other[row]) for _, other in others for row in figures]
-    tests = iter(zip(tests, holm([p_value for *_, p_value in tests]), strict=True))
-    table, base_stem = {}, groups[base_name][0]["stem"]
+    pairs = [(name, row) for name, _ in others for row in figures]
+    tests = [compare_means(base[row], means[name][row]) for name, row in pairs]
+    stars = holm([p_value for *_, p_value in tests])
+    texts = {name: {} for name in means}
+    for (name, row), test, star in zip(pairs, tests, stars, strict=True):
+        several = base if len(means[name]) == 1 else means[name]
+        texts[name][row] = difference_text(test, star, several[row])
+    table = {}
     for name, mine in means.items():
         table[f"{name} ({len(mine)} {'run' if len(mine) == 1 else 'runs'})"] = mine.agg(spread)
-        if name == base_name:
-            continue
-        stem = groups[name][0]["stem"]
-        title = f"{stem} minus {base_stem}"
-        if stem == base_stem or title in table:
-            title = f"{name} minus {base_name}"
-        several = base if len(mine) == 1 else mine
-        table[title] = {row: difference_text(*next(tests), several[row]) for row in figures}
+        if name != base_name:
+            title = f"{groups[name][0]['stem']} minus {groups[base_name][0]['stem']}"
+            table[title] = texts[name]
     return pd.DataFrame(table)
 
 

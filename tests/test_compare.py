@@ -85,7 +85,7 @@ def last_table(out):
 def test_two_settings_are_compared_with_welchs_interval(printed):
     groups = draw_figures(5), draw_figures(2, seed=1)
     table = last_table(printed(*write_groups(*groups)))
-    titles = ["r: lr 0 (5 runs)", "r: lr 1 (2 runs)", "r: lr 1 minus r: lr 0"]
+    titles = ["r: lr 0 (5 runs)", "r: lr 1 (2 runs)", "r: lr 1 minus r"]
     assert table["error rate and AUROC, msp"] == titles
     a, b = (np.column_stack([x, x[:, 1:3].mean(1), x[:, 3:].mean(1)]) for x in groups)
     squares = a.var(0, ddof=1) / len(a), b.var(0, ddof=1) / len(b)
