@@ -38,7 +38,7 @@ def test_files_are_taken_in_a_fixed_order_without_clutter(class_folder, tmp_path
     far, scandir = tmp_path / "far", os.scandir
     for folder in (far / "b", far / ".hidden", tmp_path / "links", class_folder / "train/.hidden"):
         write_images(folder, 2, seed=len(folder.name))
-    (far / "album.jpg").mkdir()
+    (class_folder / "train/album.jpg").mkdir()
     for name in ("b/._000.png", "b/notes.txt", "moving.gif"):
         (far / name).touch()
     os.mkfifo(far / "pipe.png")  # would be waited for

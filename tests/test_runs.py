@@ -126,4 +126,4 @@ def test_the_log_holds_every_file_that_is_imported(tmp_path):
 def test_a_setting_without_a_type_is_refused(monkeypatch):
     monkeypatch.setattr(train.Config, "warm_up", 5, raising=False)
     with pytest.raises(InputError, match="Config.warm_up has no type: write `warm_up: int"):
-        train.train_model(train.Config())
+        train.train_model(train.Config("nosuch"))
