@@ -86,7 +86,7 @@ def crop_and_flip(images, generator, padding=4):
     count, _, _, size = images.shape
     draw = {"generator": generator, "device": images.device}
     row, column = torch.randint(2 * padding + 1, (2, count), **draw)
-    flip = torch.rand(count, 1, 1, 1, **draw) < 0.5
+    flip = torch.rand(count, 1, 1, 1, dtype=torch.float32, **draw) < 0.5
     padded = F.pad(images, (padding,) * 4)
     windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # (N, 3, 9, 9, 32, 32), a view
     each = torch.arange(count, device=images.device)

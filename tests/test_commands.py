@@ -118,6 +118,20 @@ def test_old_weights_under_new_code_are_refused(images, in_tiny_run):
         evaluate()
 
 
+def test_wrong_values_are_refused(in_tiny_run, command, monkeypatch):
+    """Scores that are not finite, which cost no other checkpoint, and another STD."""
+    state = torch.load("digits_resnet18.pth", weights_only=True)
+    *_, bias = state
+    torch.save(state | {bias: state[bias] + 1e30}, "bad.pth")
+    monkeypatch.setitem(ood_utils.SCORES, "square", lambda logits: logits.float().square().sum(1))
+    status, out, err = command(DIGITS, "blob", "--checkpoint", "bad.pth", "digits_resnet18.pth")
+    assert status == 1 and "bad.pth: scores of closed set are not finite" in err
+    assert out.count("Error Rate") == 1 and Path("digits_resnet18.ood.json").exists()
+    monkeypatch.setattr(ood_data, "STD", (0.3, 0.3, 0.3))
+    with pytest.raises(InputError, match="trained with another MEAN and STD"):
+        evaluate()
+
+
 def test_the_shipped_results_are_not_written_to_by_default(in_tiny_run, monkeypatch):
     """From inside that folder neither. ~ is expanded where no shell does."""
     monkeypatch.setattr(evaluation, "RESULTS", in_tiny_run)

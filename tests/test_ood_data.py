@@ -126,6 +126,9 @@ def test_the_closed_set_is_no_ood_set(class_folder):
     for name in ("..", ".", "test/cat"):
         with pytest.raises(InputError, match="is, or holds, the closed set"):
             evaluation.name_sets([str(class_folder / name)], str(class_folder))
+    for name in ("mean of noises", "svhn"):
+        with pytest.raises(InputError, match=f"named '{name}'"):
+            evaluation.name_sets([str(class_folder / name)], "digits")
 
 
 def test_downloads_into_one_folder_wait_for_each_other(tmp_path, capfd):

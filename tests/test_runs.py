@@ -92,6 +92,7 @@ def double(x, *, y=None):
     ("train.py", '    "Twice x."\n', "    # so\n\n", True),
     ("train.py", "2 * x if y is None", "(2 * x) if (y is None)", True),
     ("train.py", "2 * x", "3 * x", False),
+    ("train.py", "LIMIT = 5", "LIMIT = 6", False),
     ("train.py", "y=None", "y=0", False),
     ("losses.py", "0.1", "0.2", False),
     ("ood_data.py", "2 * x", "3 * x", True),  # the data have a digest of their own
