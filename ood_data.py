@@ -100,12 +100,14 @@ CLOSED_SET_NAMES = f"{', '.join(CLOSED_SETS)}, or a folder with train/<class>/ a
 
 def read_class_folder(folder, split):
     """The images of folder/<split>/<class>/*; train/ must have the same classes."""
-    paths = {part: filter(is_shown, (folder / part).iterdir()) for part in (split, "train")}
-    paths = {part: [path for path in paths[part] if path.is_dir()] for part in paths}
-    names = {part: {path_name(path) for path in paths[part]} for part in paths}
-    odd, classes = names[split] ^ names["train"], sorted(names[split])
-    if odd or not classes:
-        missing = ", ".join(sorted(odd)) or "any class"
+    paths, names = {}, {}
+    for part in (split, "train"):
+        shown = filter(is_shown, (folder / part).iterdir())
+        paths[part] = [path for path in shown if path.is_dir()]
+        names[part] = {path_name(path) for path in paths[part]}
+    classes, different = sorted(names[split]), sorted(names[split] ^ names["train"])
+    if different or not classes:
+        missing = ", ".join(different) or "any class"
         raise InputError(f"{folder}: train/ and {split}/ do not both have {missing}.")
     files, labels = [], []
     for path in sorted(paths[split], key=lambda path: (path_name(path), path.name)):

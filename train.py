@@ -183,7 +183,8 @@ def load_network(path, run=None):
     else:
         sizes = {name: tuple(value.shape) for name, value in state.items()}
         stem = "cifar" if sizes.get("conv1.weight", ())[2:] == (3, 3) else "imagenet"
-        *_, count = 1, *(size[0] for size in sizes.values() if len(size) == 2)
+        heads = [size[0] for size in sizes.values() if len(size) == 2]  # of Linear layers
+        count = heads[-1] if heads else 1
     model = build_network(count, stem).float()
     try:
         model.load_state_dict(state)
