@@ -343,7 +343,10 @@ def decode_all(paths):
     """uint8 (N, 3, 32, 32) of N image files; InputError names the first that are not readable."""
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(decode, path) for path in paths]
-        errors = [job.exception() for job in tqdm(jobs, "decoding", delay=1, disable=None)]
+        try:
+            errors = [job.exception() for job in tqdm(jobs, "decoding", delay=1, disable=None)]
+        finally:  # after Ctrl-C
+            pool.shutdown(cancel_futures=True)
     bad = [str(error) for error in errors if isinstance(error, InputError)]
     if bad:
         raise InputError(f"Fix or remove {len(bad)} files: {', '.join(bad[:3])}.")

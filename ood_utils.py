@@ -228,6 +228,7 @@ def lock(path, if_held=None):
 def write_file(path, content):
     """Write bytes; the path holds the old or the new file, whole."""
     temporary = path.with_name(f"{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -74,7 +74,7 @@ def evaluate(config=None):
         try:
             evaluations.append(evaluate_run(config, path))
         except InputError as error:
-            if len(paths) == 1:
+            if path == paths[-1] and not any(evaluations):
                 raise
             print(f"error: {error}", file=sys.stderr)
             evaluations.append(None)
@@ -133,6 +133,9 @@ def load(config, path):
     constants = {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
     if log and not constants.items() <= log["config"].items():
         raise InputError(f"{path} was trained with another MEAN and STD than ood_data.py has.")
+    held_out = config.split == "validation"
+    if log and held_out and log["tested_on"] != ood_data.digest(closed):
+        raise InputError(f"{path} did not hold out these validation images.")
     done, epochs = (len(log["epochs"]), log["config"]["epochs"]) if log else (0, 0)
     if done < epochs:
         print(f"note: {path} is unfinished, {done} of {epochs} epochs", file=sys.stderr)
@@ -306,7 +309,6 @@ def write(evaluation, scores, predictions, loaders, path):
         arrays |= {f"scores/{name}": scores[name], f"predictions/{name}": predictions[name]}
         if loader.files:
             arrays[f"files/{name}"] = loader.files
-    path.parent.mkdir(parents=True, exist_ok=True)
     file, content = path.with_suffix(".ood.json"), io.BytesIO()
     np.savez_compressed(content, **arrays)
     text = json.dumps(evaluation, indent=1).encode()

@@ -175,9 +175,10 @@ def load_network(path, run=None):
     InputError. run: what read_run returned for the path, if that was called before."""
     run = run or read_run(path)
     state = {str(name): value for name, value in run["model"].items() if torch.is_tensor(value)}
+    expected = build_network(1, Config.stem).state_dict()
     for prefix in ("module.", "_orig_mod.", "module."):  # DataParallel, torch.compile
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+        known = {name: name if name in expected else name.removeprefix(prefix) for name in state}
+        state = {known[name]: value for name, value in state.items()}
     if run["log"]:
         stem, count = run["log"]["config"]["stem"], len(run["log"]["classes"])
     else:
@@ -191,8 +192,10 @@ def load_network(path, run=None):
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path} does not fit build_network: {reason}") from error
-    if not all(value.isfinite().all() for value in model.state_dict().values()):
-        raise InputError(f"{path} has weights that are not finite.")
+    for name, value in model.state_dict().items():
+        same_kind = state.get(name, value).is_floating_point() == value.is_floating_point()
+        if not same_kind or not value.isfinite().all():
+            raise InputError(f"{path}: {name} is not finite, or of another type.")
     return model.eval()
 
 
@@ -334,16 +337,16 @@ def pick_precision(precision, device, run=None):
     CUDA, float32 training has PyTorch's default, TF32 convolutions."""
     if precision != "auto":
         return precision
-    if run:
-        precision = run["log"]["config"]["precision"]
-        print(f"note: the run began in {precision} and keeps it")
-        return precision
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         native = able.get("avx512_bf16") or able.get("bf16")  # x86, ARM
-    return "bfloat16" if native else "float32"
+    precision = "bfloat16" if native else "float32"
+    begun = run["log"]["config"]["precision"] if run else precision
+    if begun != precision:
+        print(f"note: the run began in {begun} and keeps it; here auto would be {precision}")
+    return begun
 
 
 # Files: X.resume.pth while a run is unfinished, then checkpoint X.pth and log X.json ----
@@ -456,22 +459,24 @@ def save(path, log, model, optimizer):
 # The code of a run -----------------------------------------------------------------------
 def read_sources(script):
     """{name: text} of a script and of the files and whole packages beside it that it imports."""
-    sources, files = {}, [script]
-    for file in files:  # which grows
-        name = file.relative_to(script.parent).as_posix()
-        if name in sources or not file.is_file():
+    sources, files, seen = {}, [script], {script.stem}
+    for file in filter(Path.is_file, files):  # which grows
+        try:
+            with tokenize.open(file) as source:
+                text = source.read()
+            tree = ast.parse(text)
+        except SyntaxError:  # in a file of a package that is not imported
             continue
-        with tokenize.open(file) as source:
-            sources[name] = source.read()
+        sources[file.relative_to(script.parent).as_posix()] = text
         modules = []
-        for node in ast.walk(ast.parse(sources[name])):
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 modules += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 modules.append(node.module)
-        for module in modules:
-            top = script.parent / module.split(".")[0]
-            files += [top.with_suffix(".py"), *top.rglob("*.py")]
+        for name in {module.split(".")[0] for module in modules} - seen:
+            seen.add(name)
+            files += [script.parent / f"{name}.py", *(script.parent / name).rglob("*.py")]
     return sources
 
 

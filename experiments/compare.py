@@ -88,7 +88,7 @@ def read(file, config):
     except OSError as error:
         fail(error)
     except (ValueError, LookupError, TypeError) as error:
-        fail(f"{file} is no .ood.json file of test.py: {str(error)[:80]}")
+        fail(f"{file} is no .ood.json file of this test.py: {str(error)[:80]}")
     if config.score not in rows.index:
         fail(f"{file} has no score {config.score}: use {', '.join(rows.index.unique('score'))}.")
     if config.ignore_code:

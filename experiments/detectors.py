@@ -111,6 +111,8 @@ def compare(config):
     for path in evaluation.find_checkpoints(config):
         model, loaders, described = evaluation.load(config, path)
         results["checkpoints"].append(described["checkpoint"])
+        if results.setdefault("config", described["config"]) != described["config"]:
+            raise ood_utils.InputError(f"{path} was trained on another data set: pass --dataset.")
         if len(loaders) == 1:
             skipped = "; ".join(described["skipped"].values())
             raise ood_utils.InputError(f"No OOD set to compare on: pass --ood-types. {skipped}")
@@ -133,7 +135,7 @@ def compare(config):
             for key, auroc in aurocs.items():
                 row = {"checkpoint": str(path), "set": key, "detector": name, "auroc": auroc}
                 results["rows"].append(row | {"auroc_of_test_py": ours.get(key)})
-    results |= {name: described[name] for name in ("config", "device", "versions", "skipped")}
+    results |= {name: described[name] for name in ("device", "versions", "skipped")}
     results["versions"]["pytorch-ood"] = version("pytorch-ood")
     print_tables(results)
     file = (config.output or RESULTS) / "detectors.json"

@@ -50,6 +50,8 @@ def ask(config):
     for path in evaluation.find_checkpoints(config):
         network, loaders, described = evaluation.load(config, path)
         results["checkpoints"].append(described["checkpoint"])
+        if results.setdefault("config", described["config"]) != described["config"]:
+            raise ood_utils.InputError(f"{path} was trained on another data set: pass --dataset.")
         images = loaders[evaluation.CLOSED].images
         if len(images) % BATCH_SIZE == 1:
             raise ood_utils.InputError("Batch norm cannot be trained on a last batch of one image.")
@@ -65,7 +67,7 @@ def ask(config):
             of_pass = {"checkpoint": str(path), "test_pass": name}
             of_pass["error_rate"] = figures["error_rate"]
             results["rows"] += [of_pass | row for row in figures["rows"]]
-    results |= {name: described[name] for name in ("config", "device", "versions", "skipped")}
+    results |= {name: described[name] for name in ("device", "versions", "skipped")}
     results["config"]["score"] = config.score
     print_tables(results)
     file = (config.output or RESULTS) / "published_test_pass.json"

@@ -127,6 +127,7 @@ def test_wrong_values_are_refused(in_tiny_run, command, monkeypatch):
     status, out, err = command(DIGITS, "blob", "--checkpoint", "bad.pth", "digits_resnet18.pth")
     assert status == 1 and "bad.pth: scores of closed set are not finite" in err
     assert out.count("Error Rate") == 1 and Path("digits_resnet18.ood.json").exists()
+    assert command(DIGITS, "fog", "--checkpoint", "bad.pth", "digits_resnet18.pth")[0] == 2
     monkeypatch.setattr(ood_data, "STD", (0.3, 0.3, 0.3))
     with pytest.raises(InputError, match="trained with another MEAN and STD"):
         evaluate()
@@ -161,6 +162,9 @@ def test_runs_with_validation_never_read_the_test_images(in_tiny_run, command, m
         assert results["error_rate"] == pytest.approx(100 * (1 - epoch["validation_accuracy"]))
         *_, row = results["rows"]
         assert (row["set"], row["positives"], row["negatives"]) == ("blob", count, count // 5)
+    Path("v.json").write_text(json.dumps(read_json("v.json") | {"tested_on": "others"}))
+    status, _, err = command("test.py --split validation --checkpoint v.pth")
+    assert status == 2 and "v.pth did not hold out these" in err
     status, out, _ = command("experiments/compare.py [v].val.ood.json")
     assert status == 0 and "v.val: one run" in out
 

@@ -86,13 +86,17 @@ def test_a_windows_path_in_a_log_is_the_same_folder(in_tiny_run):
     assert train.trained_with(state["log"])["dataset"] == "pets"
 
 
-def test_state_dicts_of_other_tools_are_read(in_tiny_run, capsys):
+def test_state_dicts_of_other_tools_are_read(in_tiny_run, capsys, monkeypatch):
     state = torch.load("digits_resnet18.pth", weights_only=True)
     others = {f"module._orig_mod.{name}": state[name] for name in sorted(state)}
     torch.save({"state_dict": others, "model_ema": {}}, "m.pth")
     loaded = train.load_network("m.pth").state_dict()
     assert all(torch.equal(value, state[name]) for name, value in loaded.items())
     assert "note: of state_dict, model_ema in m.pth, state_dict is" in capsys.readouterr().err
+    wrapped = torch.nn.DataParallel(tiny_network(2)).cpu()  # its own names begin like that
+    monkeypatch.setattr(train, "build_network", lambda *args: wrapped)
+    train_quietly("pets", "own.pth", epochs=1)
+    assert list(train.load_network("own.pth").state_dict()) == list(wrapped.state_dict())
 
 
 def test_what_does_not_fit_is_told_in_one_short_line(in_tiny_run, monkeypatch):
@@ -101,7 +105,8 @@ def test_what_does_not_fit_is_told_in_one_short_line(in_tiny_run, monkeypatch):
     for content, message in (
         (state | {f"x{i}": state[last] for i in range(999)}, "does not fit build_network: .*x0"),
         ({name: state[name] for name in state if name != first}, f"does not fit .*{first}"),
-        (state | {last: state[last] * torch.nan}, "has weights that are not finite"),
+        (state | {last: state[last] * torch.nan}, f"{last} is not finite"),
+        (state | {first: state[first].long()}, f"{first} is not finite, or of another type"),
     ):
         torch.save(content, "m.pth")
         with pytest.raises(InputError, match=f"m.pth.*{message}") as error:
@@ -114,13 +119,16 @@ def test_what_does_not_fit_is_told_in_one_short_line(in_tiny_run, monkeypatch):
 
 def test_a_file_system_without_fsync_is_written_to(tmp_path, monkeypatch):
     """CIFS, FUSE. Any other answer leaves the old file, and names it."""
-    path, fsync = tmp_path / "model.pth", mock.Mock(side_effect=OSError(errno.EINVAL, "no fsync"))
+    path, fsync = (
+        tmp_path / "new/model.pth",
+        mock.Mock(side_effect=OSError(errno.EINVAL, "no fsync")),
+    )
     monkeypatch.setattr(os, "fsync", fsync)
     ood_utils.write_file(path, b"old")
     fsync.side_effect = OSError(errno.ENOSPC, "is full")
     with pytest.raises(OSError, match="is full.*model.pth"):
         ood_utils.write_file(path, b"new")
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):

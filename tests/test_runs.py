@@ -121,6 +121,7 @@ def test_the_log_holds_every_file_that_is_imported(tmp_path):
         encoding = {"losses.py": "utf-8-sig", "extra.py": "latin-1"}.get(name, "utf-8")
         (tmp_path / name).write_text(text, encoding=encoding)
     (tmp_path / "other.py").touch()
+    (tmp_path / "nets/old.py").write_text("print 1\n")  # of Python 2, not imported
     assert train.read_sources(tmp_path / "train.py") == texts
 
 
