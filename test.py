@@ -74,7 +74,7 @@ def evaluate(config=None):
         try:
             evaluations.append(evaluate_run(config, path))
         except InputError as error:
-            if path == paths[-1] and not any(evaluations):
+            if len(evaluations) == len(paths) - 1 and not any(evaluations):
                 raise
             print(f"error: {error}", file=sys.stderr)
             evaluations.append(None)

@@ -474,7 +474,7 @@ def read_sources(script):
                 modules += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 modules.append(node.module)
-        for name in {module.split(".")[0] for module in modules} - seen:
+        for name in sorted({module.split(".")[0] for module in modules} - seen):
             seen.add(name)
             files += [script.parent / f"{name}.py", *(script.parent / name).rglob("*.py")]
     return sources

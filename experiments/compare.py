@@ -82,9 +82,9 @@ def read(file, config):
             raise ValueError("a figure is no percentage")
         log = run["training"] or {"settings": {"file": str(file)}, "epochs": []}
         setting = log["settings"] | {"epochs_done": len(log["epochs"])}
-        run |= {"file": str(file), "table": rows, "weights": run["checkpoint"]["weights"]}
+        run |= {"file": str(file), "table": rows, "scores": run["scores"]}
         run |= {"log": log, "setting": setting, "seed": setting.pop("seed", str(file))}
-        _ = run["scores"]
+        run["weights"] = run["checkpoint"]["weights"]
     except OSError as error:
         fail(error)
     except (ValueError, LookupError, TypeError) as error:

@@ -128,6 +128,8 @@ def test_wrong_values_are_refused(in_tiny_run, command, monkeypatch):
     assert status == 1 and "bad.pth: scores of closed set are not finite" in err
     assert out.count("Error Rate") == 1 and Path("digits_resnet18.ood.json").exists()
     assert command(DIGITS, "fog", "--checkpoint", "bad.pth", "digits_resnet18.pth")[0] == 2
+    status, out, _ = command(DIGITS, "--checkpoint", "bad.pth", "digits_resnet18.pth", "bad.pth")
+    assert status == 1 and out.count("Error Rate") == 1
     monkeypatch.setattr(ood_data, "STD", (0.3, 0.3, 0.3))
     with pytest.raises(InputError, match="trained with another MEAN and STD"):
         evaluate()
