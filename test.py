@@ -261,7 +261,7 @@ def measure(scores, predictions, loaders):
     figures = {"sets": {}, "error_rate": 100 * (1 - correct.mean())}
     for name, loader in loaders.items():
         figures["sets"][name] = describe_set(name, loader, predictions[name])
-    figures |= {"threshold": {}, "aurc": {}, "augrc": {}, "rows": []}
+    figures |= {"threshold": {}, "aurc": {}, "augrc": {}, "metrics": METRICS, "rows": []}
     for column, score in enumerate(SCORES):
         closed = scores[CLOSED][:, column]
         figures["threshold"][score] = ood_utils.get_threshold(closed)

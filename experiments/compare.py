@@ -24,17 +24,12 @@ import tyro
 from scipy import stats
 from tyro.conf import Positional
 
-# As in test.py, which imports torch.
-METRICS = {"auroc": "AUROC", "aupr": "AUPR, in-distribution positive"}
-METRICS |= {"fpr95": "FPR95, in-distribution positive"}
-METRICS |= {"aupr_out": "AUPR, OOD positive", "fpr95_out": "FPR95, OOD positive"}
 DIFF_LINES = 40  # at most, of two codes
 
 NOTE = """In brackets, the 95% interval (Welch's, unpaired) of the mean difference over training
 seeds, on these test images. *: significant at 5% after Holm's correction over all differences
-of the table."""
-NOTE_ONE = """No interval and no star for a single run, or where nothing varies. In parentheses, the
-range of several runs."""
+of the table. A single run, or figures that do not vary, give neither: in parentheses is the range
+of the several runs."""
 
 
 @dataclass
@@ -53,14 +48,16 @@ def main(config):
         fail("Pass the .ood.json files of runs.")
     runs = [read(file, config) for file in files]
     check_contents(runs)
-    groups = group(drop_copies(runs))
-    for name, members in groups.items():
-        print_group(name, members, config.score)
+    runs = drop_copies(runs)
+    groups = group(runs)
+    for members in groups.values():
+        print_group(members, config.score)
     drawn = draw(groups, config)
     if len(groups) > 1:
         print_code_differences(groups)
-        print_comparison(groups, config.score)
-    print_notes(groups, config.score)
+        print_table(compare(groups, config.score), f"error rate and AUROC, {config.score}")
+        print(NOTE)
+    print_notes(runs, config.score)
     return 0 if drawn else 1
 
 
@@ -71,19 +68,23 @@ def fail(text):
 
 # Read and group -------------------------------------------------------------------------
 def read(file, config):
-    """Return what a file holds of a run: "table", its rows by score and set; "log"; "setting", on
-    which its figures depend but for the "seed"."""
+    """Return what a file holds of a run: "table", its metrics by score and set; "setting", on
+    which they depend but for the "seed"; "digests", by what must be the same in every file."""
     try:
         run = json.loads(file.read_bytes())
-        rows = pd.DataFrame(run["rows"]).set_index(["score", "set"])[[*METRICS]].astype(float)
+        rows = (
+            pd.DataFrame(run["rows"]).set_index(["score", "set"])[[*run["metrics"]]].astype(float)
+        )
         classes = {name: one.get("effective_classes") for name, one in run["sets"].items()}
         rows["classes"] = rows.index.get_level_values("set").map(classes).astype(float)
         if not all(0 <= figure <= 100 for figure in (run["error_rate"], *rows["auroc"].dropna())):
             raise ValueError("a figure is no percentage")
         log = run["training"] or {"settings": {"file": str(file)}, "epochs": []}
         setting = log["settings"] | {"epochs_done": len(log["epochs"])}
-        run |= {"file": str(file), "table": rows, "scores": run["scores"]}
-        run |= {"log": log, "setting": setting, "seed": setting.pop("seed", str(file))}
+        digests = {f"set {name}": one.get("digest") for name, one in run["sets"].items()}
+        digests |= {f"score {name}": digest for name, digest in run["scores"].items()}
+        run |= {"file": str(file), "table": rows, "log": log, "digests": digests}
+        run |= {"setting": setting, "seed": str(setting.pop("seed", file))}
         run["weights"] = run["checkpoint"]["weights"]
     except OSError as error:
         fail(error)
@@ -100,9 +101,7 @@ def check_contents(runs):
     """End where two files have other images, or another score, under one name."""
     seen = {}
     for run in runs:
-        contents = {f"set {name}": one.get("digest") for name, one in run["sets"].items()}
-        contents |= {f"score {name}": digest for name, digest in run["scores"].items()}
-        for name, digest in contents.items():
+        for name, digest in run["digests"].items():
             if digest:  # the published figures have none
                 file, other = seen.setdefault(name, (run["file"], digest))
                 if digest != other:
@@ -125,24 +124,21 @@ def drop_copies(runs):
 
 
 def group(runs):
-    """{title: runs} of runs that differ in nothing but their seed. A title has the common start
-    of their names and every setting in which runs differ. A run's "stem" is a short title."""
+    """{name: runs} of runs that differ in nothing but their seed. A name is the common start of
+    their files' names; a run's "title" adds every setting in which runs differ."""
     logged = [run["setting"] for run in runs if run["training"]]
-    names = dict.fromkeys(name for setting in logged for name in setting)
-    names = [name for name in names if any(k.get(name) != logged[0].get(name) for k in logged)]
+    settings = dict.fromkeys(name for setting in logged for name in setting)
+    differ = [name for name in settings if any(k.get(name) != logged[0].get(name) for k in logged)]
     groups = {}
     for base in runs:
         members = [run for run in runs if run["setting"] == base["setting"]]
-        if members[0] is not base:
-            continue
-        stems = [Path(run["file"]).name.removesuffix(".ood.json") for run in members]
-        stem = os.path.commonprefix(stems) or stems[0]
-        parts = [describe(name, base, runs[0]) for name in names if base["training"]]
-        title = f"{stem}: {', '.join(filter(None, parts))}".removesuffix(": ")
-        title += f" ({base['file']})" if title in groups else ""
-        if stem in [others[0]["stem"] for others in groups.values()]:
-            stem = title
-        groups[title] = [run | {"stem": stem} for run in members]
+        if members[0] is base:
+            stems = [Path(run["file"]).name.removesuffix(".ood.json") for run in members]
+            name = os.path.commonprefix(stems) or stems[0]
+            name = base["file"] if name in groups else name
+            parts = [describe(one, base, runs[0]) for one in differ if base["training"]]
+            title = f"{name}: {', '.join(filter(None, parts))}".removesuffix(": ")
+            groups[name] = [run | {"title": title} for run in members]
     return groups
 
 
@@ -160,11 +156,23 @@ def describe(name, run, base):
     return f"{name} {value}"
 
 
+def diff_codes(base, run):
+    """The lines of a unified diff of two runs' codes; none where they are equal, or one unknown."""
+    if run["log"].get("code") == base["log"].get("code"):
+        return []
+    old, new = (one["log"].get("sources") or {} for one in (base, run))
+    lines = []
+    for name in sorted({*old, *new} - {"ood_data.py", "ood_utils.py"}) if old and new else ():
+        texts = old.get(name, "").splitlines(), new.get(name, "").splitlines()
+        lines += difflib.unified_diff(*texts, name, name, lineterm="", n=1)
+    return lines
+
+
 # Print ----------------------------------------------------------------------------------
 def spread(values):
     """Mean +- sample standard deviation (ddof 1) over runs; of one, its value."""
     values = np.asarray(values, dtype=float)
-    if not len(values) or np.isnan(values).any():
+    if np.isnan(values).any():
         return "n/a"
     deviation = f" +- {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
     return f"{np.mean(values):.2f}{deviation}"
@@ -191,13 +199,13 @@ def get_figures(runs, score, metric="auroc"):
     return figures
 
 
-def print_group(name, runs, score):
+def print_group(runs, score):
     """Every metric of a group by the score, and AUROC by every score."""
     how = f"mean +- standard deviation of {len(runs)} runs" if len(runs) > 1 else "one run"
-    print(f"{name}: {how}; error rate {spread([run['error_rate'] for run in runs])}\n")
-    columns = METRICS | {"classes": "effective classes"}
-    table = {title: get_figures(runs, score, one).agg(spread) for one, title in columns.items()}
-    table["effective classes"] = table["effective classes"].replace("n/a", "")
+    error_rates = spread([run["error_rate"] for run in runs])
+    print(f"{runs[0]['title']}: {how}; error rate {error_rates}\n")
+    metrics = runs[0]["metrics"] | {"classes": "effective classes"}
+    table = {title: get_figures(runs, score, one).agg(spread) for one, title in metrics.items()}
     table = pd.DataFrame(table)
     print_table(table[~table.index.str.startswith("mean of ")], score)
     scores = runs[0]["table"].index.unique("score")
@@ -205,119 +213,77 @@ def print_group(name, runs, score):
     print_table(pd.DataFrame({one: get_figures(runs, one).agg(spread) for one in common}), "AUROC")
 
 
-def diff_codes(base, run):
-    """The lines of a unified diff of two runs' codes; none where they are equal, or one unknown."""
-    if run["log"].get("code") == base["log"].get("code"):
-        return []
-    old, new = (one["log"].get("sources") or {} for one in (base, run))
-    lines = []
-    for name in sorted({*old, *new} - {"ood_data.py", "ood_utils.py"}) if old and new else ():
-        texts = old.get(name, "").splitlines(), new.get(name, "").splitlines()
-        lines += difflib.unified_diff(*texts, name, name, lineterm="", n=1)
-    return lines
-
-
 def print_code_differences(groups):
-    (base, *_), *others = groups.values()
-    for run, *_ in others:
-        lines = diff_codes(base, run)
+    (base, [first, *_]), *others = groups.items()
+    for name, [run, *_] in others:
+        lines = diff_codes(first, run)
         if lines:
-            print(f"The code of {run['stem']} against that of {base['stem']}:")
-            print("\n".join(lines[:DIFF_LINES]))
+            print(f"The code of {name} against that of {base}:", *lines[:DIFF_LINES], sep="\n")
             left = len(lines) - DIFF_LINES
             print(f"... and {left} lines more\n" if left > 0 else "")
 
 
+def print_notes(runs, score):
+    """What the tables leave out, and what else differs."""
+    names = dict.fromkeys(name for run in runs for name in run["table"].loc[score].index)
+    left_out = [name for name in names if name not in get_figures(runs, score)]
+    if left_out:
+        print(f"Left out, not in every file: {', '.join(left_out)}.")
+    logs = [run["log"] for run in runs if run["training"]]
+    trained_on = {f"{log['device']}, torch {log['versions']['torch']}": None for log in logs}
+    if len(trained_on) > 1:
+        print(f"These runs were trained on different devices or versions: {'; '.join(trained_on)}.")
+
+
 # Compare --------------------------------------------------------------------------------
-def compare_means(base, other):
-    """Return (difference of the means, low, high, p): Welch's test and its 95% interval. base,
-    other: a figure of each run, (N,) and (M,). NaN for one run on a side, and where nothing
-    varies: equal error rates on a few test images are rounding, not certainty."""
-    base, other = np.asarray(base), np.asarray(other)
-    difference = other.mean() - base.mean()
-    if min(len(base), len(other)) < 2 or np.ptp(base) + np.ptp(other) < 1e-9:
-        return difference, np.nan, np.nan, np.nan
-    with warnings.catch_warnings(action="ignore"):  # of a side that does not vary
-        test = stats.ttest_ind(other, base, equal_var=False)
-    return difference, *test.confidence_interval(0.95), test.pvalue
-
-
-def holm(p_values, level=0.05):
-    """Which of many p-values are significant after Holm's correction; NaN never is."""
-    significant = np.zeros(len(p_values), dtype=bool)
-    order = [i for i in np.argsort(p_values) if not np.isnan(p_values[i])]
-    for rank, i in enumerate(order):
-        if p_values[i] >= level / (len(order) - rank):
-            break
-        significant[i] = True
-    return significant
-
-
 def compare(groups, score):
     """A DataFrame of texts: error rate and AUROC of each group, and differences to the first."""
     runs = [run for members in groups.values() for run in members]
     figures = get_figures(runs, score)
     figures.insert(0, "error rate", [run["error_rate"] for run in runs])
-    titles = [name for name, members in groups.items() for _ in members]
-    seeds = [str(run["seed"]) for run in runs]
-    by_seed = figures.groupby([titles, seeds], sort=False)
+    names = [name for name, members in groups.items() for _ in members]
+    by_seed = figures.groupby([names, [run["seed"] for run in runs]], sort=False)
     by_seed = by_seed.agg(lambda values: values.mean(skipna=False))
-    means = {name: by_seed.loc[name] for name in groups}  # a line for each seed
-    (base_name, base), *others = means.items()
-    pairs = [(name, row) for name, _ in others for row in figures]
-    tests = [compare_means(base[row], means[name][row]) for name, row in pairs]
-    stars = holm([p_value for *_, p_value in tests])
-    texts = {name: {} for name in means}
-    for (name, row), test, star in zip(pairs, tests, stars, strict=True):
-        several = base if len(means[name]) == 1 else means[name]
-        texts[name][row] = difference_text(test, star, several[row])
+    if len(by_seed) < len(runs):
+        print("Runs of one group with the same seed are averaged first.\n")
+    base, *others = groups
+    pairs = [(name, row) for name in others for row in figures]
+    tests = [compare_means(by_seed.loc[base][row], by_seed.loc[name][row]) for name, row in pairs]
+    tests = pd.DataFrame(tests, pd.MultiIndex.from_tuples(pairs), ["text", "p"])
+    tests["text"] += np.where(holm(tests["p"].tolist()), " *", "")
     table = {}
-    for name, mine in means.items():
-        table[f"{name} ({len(mine)} {'run' if len(mine) == 1 else 'runs'})"] = mine.agg(spread)
-        if name != base_name:
-            title = f"{groups[name][0]['stem']} minus {groups[base_name][0]['stem']}"
-            table[title] = texts[name]
+    for name, [run, *_] in groups.items():
+        of_group = by_seed.loc[name]
+        count = f"{len(of_group)} run{'s' if len(of_group) > 1 else ''}"
+        table[f"{run['title']} ({count})"] = of_group.agg(spread)
+        if name != base:
+            table[f"{name} minus {base}"] = tests.loc[name]["text"]
     return pd.DataFrame(table)
 
 
-def difference_text(test, star, several):
-    """A difference with its interval and star; without them, with the range of several runs."""
-    difference, low, high, _ = test
+def compare_means(base, other):
+    """Return the difference of the means as text, with its 95% interval, and the p-value: Welch's
+    test. base, other: a figure of each run, (N,) and (M,). For one run on a side, and where nothing
+    varies, no interval and NaN: equal error rates on a few images are rounding, not certainty."""
+    base, other = np.asarray(base), np.asarray(other)
+    difference = other.mean() - base.mean()
     if np.isnan(difference):
-        return "n/a"
-    if np.isfinite(low):
-        return f"{difference:+.2f} [{low:.2f}, {high:.2f}]{' *' if star else ''}"
+        return "n/a", np.nan
+    if min(len(base), len(other)) > 1 and np.ptp(base) + np.ptp(other) > 1e-9:
+        with warnings.catch_warnings(action="ignore"):  # of a side that does not vary
+            test = stats.ttest_ind(other, base, equal_var=False)
+        low, high = test.confidence_interval(0.95)
+        return f"{difference:+.2f} [{low:.2f}, {high:.2f}]", test.pvalue
+    several = base if len(other) == 1 else other
     span = f" ({several.min():.2f} to {several.max():.2f})" if len(several) > 1 else ""
-    return f"{difference:+.2f}{span}"
+    return f"{difference:+.2f}{span}", np.nan
 
 
-def print_comparison(groups, score):
-    """The comparison, and how to read it."""
-    table = compare(groups, score)
-    print_table(table, f"error rate and AUROC, {score}")
-    cells = table.to_string(header=False, index=False)
-    if "[" in cells:
-        print(NOTE)
-    if "(" in cells or "[" not in cells:
-        print(NOTE_ONE)
-
-
-def print_notes(groups, score):
-    """What the tables leave out, and what else differs."""
-    runs = [run for members in groups.values() for run in members]
-    names = dict.fromkeys(name for run in runs for name in run["table"].loc[score].index)
-    left_out = [name for name in names if name not in get_figures(runs, score)]
-    if left_out:
-        print(f"Left out, not in every file: {', '.join(left_out)}.")
-    for name, members in groups.items():
-        if len({run["seed"] for run in members}) < len(members) and len(groups) > 1:
-            print(f"{name}: runs with the same seed are averaged first.")
-    devices = [run["log"].get("device") for run in runs]
-    versions = [(run["log"].get("versions") or {}).get("torch") for run in runs]
-    for title, found in (("devices", devices), ("versions of torch", versions)):
-        found = list(dict.fromkeys(filter(None, found)))
-        if len(found) > 1:
-            print(f"These runs were trained with different {title}: {'; '.join(found)}.")
+def holm(p_values, level=0.05):
+    """Which p-values are significant after Holm's correction, a Series; NaN never is."""
+    ordered = pd.Series(p_values).sort_values()
+    factors = ordered.count() - np.arange(len(ordered))  # of the smallest, their number
+    return (ordered * factors).cummax().sort_index() < level
 
 
 # Picture --------------------------------------------------------------------------------
@@ -333,11 +299,12 @@ def draw(groups, config):
         figure = Figure((7.5, height + 2.5 + 0.2 * len(groups)), dpi=130, layout="constrained")
         dots, accuracies = figure.subplots(2, 1, height_ratios=(height + 0.5, 1.6))
         dots.axvline(50, color="0.8")
-        for line, (name, runs) in enumerate(groups.items()):
+        for line, runs in enumerate(groups.values()):
             colour = f"C{line}" if len(groups) <= 10 else colormaps["turbo"](line / len(groups))
             heights = np.arange(len(sets)) + 0.6 * line / len(groups)
             aurocs = [run["table"].loc[config.score]["auroc"].reindex(sets) for run in runs]
-            label = [name.replace("$", r"\$")[:100], *[None] * (len(runs) - 1)]  # no TeX
+            title = runs[0]["title"].replace("$", r"\$")[:100]  # no TeX
+            label = [title, *[None] * (len(runs) - 1)]
             dots.plot(np.transpose(aurocs), heights, "o", color=colour, alpha=0.7, label=label)
             for run in runs:
                 accuracy = 100 * pd.DataFrame(run["log"]["epochs"]).filter(like="accuracy")
@@ -345,8 +312,7 @@ def draw(groups, config):
         dots.set_yticks(range(len(sets)), [name.replace("$", r"\$")[:25] for name in sets])
         dots.invert_yaxis()
         dots.set_xlabel("AUROC of each run; grey: chance")
-        accuracies.set_xlabel("epoch")
-        accuracies.set_ylabel("accuracy, %")
+        accuracies.set(xlabel="epoch", ylabel="accuracy, %")
         figure.legend(loc="outside lower center", frameon=False)
         figure.savefig(config.picture)
         print(f"drew {config.picture}\n")
