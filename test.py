@@ -68,8 +68,7 @@ def evaluate(config=None):
     Config, by default the published evaluation. Raises InputError or OSError; of several
     checkpoints, an InputError of one is printed, and its evaluation is None."""
     config = ood_utils.check(config or Config())
-    paths = find_checkpoints(config)
-    evaluations = []
+    paths, evaluations = find_checkpoints(config), []
     for path in paths:
         try:
             evaluations.append(evaluate_run(config, path))
@@ -83,16 +82,19 @@ def evaluate(config=None):
 
 def evaluate_run(config, path):
     """Evaluate a checkpoint: print the report, write the files, return what the JSON holds."""
-    output = output_path(config, path)
+    folder = Path() if path.resolve().parent == RESULTS else path.parent
+    if folder.resolve() == RESULTS and not config.output:
+        raise InputError(f"{RESULTS} is not written to: pass --output.")
     model, loaders, evaluation = load(config, path)
     scores, predictions = score_sets(model, loaders, path)
     evaluation |= measure(scores, predictions, loaders)
     check_error_rate(evaluation)
     print(f"checkpoint: {path}", file=sys.stderr)
+    name = path.name if config.split == "test" else f"{path.stem}.val.pth"
     try:
         print_report(evaluation, config.score)
     finally:  # also if nobody reads the report
-        write(evaluation, scores, predictions, loaders, output)
+        write(evaluation, scores, predictions, loaders, (config.output or folder) / name)
     return evaluation
 
 
@@ -108,15 +110,6 @@ def find_checkpoints(config):
     return paths
 
 
-def output_path(config, path):
-    """The path whose ending becomes .ood.json: beside the checkpoint, but not in results/."""
-    folder = Path() if path.resolve().parent == RESULTS else path.parent
-    if folder.resolve() == RESULTS and not config.output:
-        raise InputError(f"{RESULTS} is not written to: pass --output.")
-    name = path.name if config.split == "test" else f"{path.stem}.val.pth"
-    return (config.output or folder) / name
-
-
 def load(config, path):
     """Return a network on the device, {name: loader} of its sets, and what the JSON says of
     both. Raises InputError for a network of other images, OSError where the closed set is
@@ -130,16 +123,19 @@ def load(config, path):
     closed = loaders[CLOSED]
     if outputs != len(closed.classes) or (log and log["classes"] != closed.classes):
         raise InputError(f"{path} was trained on {outputs} classes, not on these: pass --dataset.")
-    constants = {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
-    if log and not constants.items() <= log["config"].items():
+    if log and (log["config"]["mean"], log["config"]["std"]) != ([*ood_data.MEAN], [*ood_data.STD]):
         raise InputError(f"{path} was trained with another MEAN and STD than ood_data.py has.")
-    held_out = config.split == "validation"
-    if log and held_out and log["tested_on"] != ood_data.digest(closed):
+    if log and config.split == "validation" and log["tested_on"] != ood_data.digest(closed):
         raise InputError(f"{path} did not hold out these validation images.")
-    done, epochs = (len(log["epochs"]), log["config"]["epochs"]) if log else (0, 0)
-    if done < epochs:
-        print(f"note: {path} is unfinished, {done} of {epochs} epochs", file=sys.stderr)
-    return model.to(closed.images.device), loaders, describe_run(path, model, log) | conditions
+    if log and len(log["epochs"]) < log["config"]["epochs"]:
+        done = f"{len(log['epochs'])} of {log['config']['epochs']} epochs"
+        print(f"note: {path} is unfinished, {done}", file=sys.stderr)
+    weights = hashlib.sha256()
+    for value in model.state_dict().values():
+        weights.update(value.contiguous().numpy())
+    checkpoint = {"path": path.name, "weights": weights.hexdigest()[:16]}
+    evaluation = {"checkpoint": checkpoint, "training": log} | conditions
+    return model.to(closed.images.device), loaders, evaluation
 
 
 def load_sets(config, trained_on):
@@ -195,16 +191,6 @@ def digest_score(score, classes=100):
     return hashlib.sha256(" ".join(f"{value:.6g}" for value in values).encode()).hexdigest()[:8]
 
 
-def describe_run(path, model, log):
-    """What the JSON holds of a checkpoint: the digest of its weights; its log and settings."""
-    weights = hashlib.sha256()
-    for value in model.state_dict().values():
-        weights.update(value.cpu().contiguous().numpy())
-    checkpoint = {"path": path.name, "weights": weights.hexdigest()[:16]}
-    training = log | {"settings": train.trained_with(log)} if log else None
-    return {"checkpoint": checkpoint, "training": training}
-
-
 def check_error_rate(evaluation):
     """Raise InputError where the log says another error rate on these images."""
     log, closed = evaluation["training"], evaluation["sets"][CLOSED]
@@ -237,8 +223,8 @@ def measure_pair(pos, neg):
     """Counts, and metrics in percent in both conventions; None where a group is empty."""
     row = {"positives": len(pos), "negatives": len(neg), **dict.fromkeys(METRICS)}
     if len(pos) and len(neg):
-        _, *swapped = ood_utils.get_performance(-neg, -pos)  # OOD is positive
-        figures = [*ood_utils.get_performance(pos, neg), *swapped]
+        swapped = ood_utils.get_performance(-neg, -pos)  # OOD is positive
+        figures = *ood_utils.get_performance(pos, neg), *swapped[1:]
         row |= {metric: 100 * figure for metric, figure in zip(METRICS, figures, strict=True)}
     return row
 

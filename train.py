@@ -182,9 +182,9 @@ def load_network(path, run=None):
     if run["log"]:
         stem, count = run["log"]["config"]["stem"], len(run["log"]["classes"])
     else:
-        sizes = {name: tuple(value.shape) for name, value in state.items()}
-        stem = "cifar" if sizes.get("conv1.weight", ())[2:] == (3, 3) else "imagenet"
-        heads = [size[0] for size in sizes.values() if len(size) == 2]  # of Linear layers
+        first = state.get("conv1.weight", torch.empty(0))
+        stem = "cifar" if first.shape[2:] == (3, 3) else "imagenet"
+        heads = [len(value) for value in state.values() if value.ndim == 2]  # of Linear layers
         count = heads[-1] if heads else 1
     model = build_network(count, stem).float()
     try:
@@ -193,9 +193,8 @@ def load_network(path, run=None):
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path} does not fit build_network: {reason}") from error
     for name, value in model.state_dict().items():
-        same_kind = state.get(name, value).is_floating_point() == value.is_floating_point()
-        if not same_kind or not value.isfinite().all():
-            raise InputError(f"{path}: {name} is not finite, or of another type.")
+        if not value.isfinite().all():
+            raise InputError(f"{path}: {name} is not finite.")
     return model.eval()
 
 
@@ -300,8 +299,13 @@ def train_model(config=None):
     path = checkpoint_path(config.checkpoint, config.dataset, config.seed)
     device = ood_utils.pick_device(config.device)
     with ood_utils.lock(path.with_name(f".{path.stem}.lock"), f"Another run is writing {path}."):
-        run = find_run(path) if config.resume else None
-        config = replace(config, precision=pick_precision(config.precision, device, run))
+        files = [file for file in (path, path.with_suffix(".resume.pth")) if file.exists()]
+        run = read_run(files[0]) if config.resume and files else None
+        if run and not run["log"]:
+            raise InputError(f"{files[0]} has no log: omit --resume, or pass another --checkpoint.")
+        if config.precision == "auto":
+            begun = run["log"]["config"]["precision"] if run else native_precision(device)
+            config = replace(config, precision=begun)
         data = {"dataset": config.dataset, "data_root": config.data_root}
         data |= {"validation": config.validation, "device": device}
         train_loader = get_loader(True, batch_size=config.batch_size, seed=config.seed, **data)
@@ -332,21 +336,14 @@ def train_model(config=None):
     return model.eval()
 
 
-def pick_precision(precision, device, run=None):
-    """The precision; for "auto" that of the resumed run, else bfloat16 where it is native. On
-    CUDA, float32 training has PyTorch's default, TF32 convolutions."""
-    if precision != "auto":
-        return precision
+def native_precision(device):
+    """bfloat16 where the device has it, else float32; on CUDA with TF32 convolutions."""
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         native = able.get("avx512_bf16") or able.get("bf16")  # x86, ARM
-    precision = "bfloat16" if native else "float32"
-    begun = run["log"]["config"]["precision"] if run else precision
-    if begun != precision:
-        print(f"note: the run began in {begun} and keeps it; here auto would be {precision}")
-    return begun
+    return "bfloat16" if native else "float32"
 
 
 # Files: X.resume.pth while a run is unfinished, then checkpoint X.pth and log X.json ----
@@ -389,41 +386,27 @@ def read_run(path):
 
 
 def start_log(config, device, loaders):
-    """The log of a run that has no epoch yet."""
-    settings = to_jsonable_python(config)
+    """The log of a run that has no epoch yet; its figures depend on "settings"."""
+    asked = to_jsonable_python(config)
     if config.dataset not in ood_data.CLOSED_SETS:
-        settings["dataset"] = str(Path(config.dataset).expanduser().resolve())
-    settings |= {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
+        asked["dataset"] = str(Path(config.dataset).expanduser().resolve())
+    asked |= {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
     started = datetime.now().astimezone().isoformat(timespec="seconds")
-    log = {"date": started, "command": shlex.join(sys.argv), "config": settings}
+    log = {"date": started, "command": shlex.join(sys.argv), "config": asked}
     train_loader, test_loader = loaders
-    log |= {"classes": train_loader.classes, "images": len(train_loader.images)}
-    log["data"] = ood_data.digest(train_loader, as_input=True)
-    log["tested_on"] = ood_data.digest(test_loader)
-    log |= {"code": digest_code(SOURCES), "sources": SOURCES}
-    return log | ood_utils.describe(device) | {"epochs": []}
-
-
-def trained_with(log):
-    """What the figures of a run depend on: its settings, its data, its code."""
+    content = {"classes": train_loader.classes, "code": digest_code(SOURCES)}
+    content["data"] = ood_data.digest(train_loader, as_input=True)
     free = ("data_root", "checkpoint", "device", "resume")
-    settings = {name: value for name, value in log["config"].items() if name not in free}
-    settings["dataset"] = ood_data.path_name(settings["dataset"])  # a folder may move
-    return settings | {name: log[name] for name in ("classes", "data", "code")}
-
-
-def find_run(path):
-    """The finished or unfinished run that --resume continues, or None."""
-    files = [file for file in (path, path.with_suffix(".resume.pth")) if file.exists()]
-    run = read_run(files[0]) if files else None
-    if run and not run["log"]:
-        raise InputError(f"{files[0]} has no log: omit --resume, or pass another --checkpoint.")
-    return run
+    log["settings"] = {name: asked[name] for name in asked if name not in free} | content
+    log["settings"]["dataset"] = ood_data.path_name(asked["dataset"])  # a folder may move
+    log |= content | {"images": len(train_loader.images), "sources": SOURCES, "epochs": []}
+    log["tested_on"] = ood_data.digest(test_loader)
+    return log | ood_utils.describe(device)
 
 
 def resume(path, run, log, model, optimizer):
     """Load a run into log, model and optimizer, or raise InputError if it is another one."""
-    old, new = trained_with(run["log"]), trained_with(log)
+    old, new = run["log"].get("settings", {}), log["settings"]
     changed = [name for name in old | new if old.get(name) != new.get(name)]
     if changed:
         texts = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}"[:99] for name in changed)
@@ -434,7 +417,8 @@ def resume(path, run, log, model, optimizer):
         log["device"] = f"{run['log']['device']}, then {log['device']}"
     if "optimizer" in run:
         optimizer.load_state_dict(run["optimizer"])
-        print(f"resuming after epoch {len(log['epochs'])} of {log['config']['epochs']}")
+        done, config = len(log["epochs"]), log["config"]
+        print(f"resuming after epoch {done} of {config['epochs']}, in {config['precision']}")
     else:
         print(f"{path} is finished: nothing to train")
 
@@ -468,12 +452,12 @@ def read_sources(script):
         except SyntaxError:  # in a file of a package that is not imported
             continue
         sources[file.relative_to(script.parent).as_posix()] = text
-        modules = []
+        modules = set()
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                modules += [alias.name for alias in node.names]
+                modules |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
-                modules.append(node.module)
+                modules.add(node.module)
         for name in sorted({module.split(".")[0] for module in modules} - seen):
             seen.add(name)
             files += [script.parent / f"{name}.py", *(script.parent / name).rglob("*.py")]

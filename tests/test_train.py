@@ -111,8 +111,7 @@ def test_auto_is_bfloat16_where_the_chosen_device_has_it(kind, able, expected, m
     device = torch.device(kind)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     monkeypatch.setattr(torch.cuda, "get_device_capability", {device: able}.get)
-    assert train.pick_precision("auto", device) == expected
-    assert train.pick_precision("float32", device) == "float32"
+    assert train.native_precision(device) == expected
 
 
 @pytest.mark.parametrize("precision,least,most", [("float32", 0, 1e-6), ("bfloat16", 1e-5, 1e-2)])
