@@ -1,10 +1,9 @@
 """Every image set: closed sets to train and test on, OOD sets to detect.
 
-The closed set is the in-distribution one, whose classes a network is trained on.
-Image sets are uint8 (N, 3, 32, 32); the loader normalises them. Noises are float32 and
-enter the network as they are: in its input space -1 is about pixel 70 and +1 about 172.
-outlier-exposure (github.com/hendrycks/outlier-exposure), whose idea they are, normalises
-differently (57 and 185), so its noise sets differ from these.
+The closed set is the in-distribution one, whose classes a network is trained on. Image sets are
+uint8 (N, 3, 32, 32); the loader normalises them. Noises are float32 and enter the network as they
+are: in its input space -1 is about pixel 70 and +1 about 172. outlier-exposure, whose idea they are
+(github.com/hendrycks), normalises differently (57 and 185), so its noise sets differ from these.
 
 To add an OOD set, write its function and a line in NOISES or OOD_IMAGES.
 """
@@ -17,7 +16,6 @@ import os
 import sys
 import unicodedata
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from PIL import Image, ImageOps
 from torch.nn import functional as F
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 import ood_utils
 from ood_utils import InputError
@@ -85,7 +83,7 @@ def read_digits(root, train):
     digits = load_digits()
     numbers = np.arange(len(digits.target))
     parts = train_test_split(numbers, test_size=0.2, stratify=digits.target, random_state=0)
-    chosen = parts[0] if train else parts[1]
+    chosen = parts[0 if train else 1]
     images = torch.from_numpy(digits.images[chosen] / 16 * 255).round().to(torch.uint8)
     return grey_to_rgb(images), digits.target[chosen], list("0123456789")
 
@@ -118,10 +116,9 @@ def read_class_folder(folder, split):
 
 
 def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
-    """Return images uint8 (N, 3, 32, 32), labels (N,), class names. validation: how many
-    training images to hold out, the same ones for every seed; a folder with val/ has its own,
-    all of them. With train=False they take the place of the test images. Raises InputError for
-    an unknown set, OSError for an unavailable one."""
+    """Return images uint8 (N, 3, 32, 32), labels (N,), class names. validation: how many training
+    images to hold out, for every seed the same; a folder's val/ counts as a whole. They take the
+    place of the test images. Raises InputError, and OSError for an unavailable set."""
     folder = Path(os.path.expanduser(dataset))
     if dataset in CLOSED_SETS:
         data = CLOSED_SETS[dataset](data_root, train or validation > 0)
@@ -143,16 +140,6 @@ def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
 
 
 # OOD sets of images: (data root, count) -> uint8 (N, 3, 32, 32); the first `count` are taken
-def read_svhn(root, count):
-    data = fetch(datasets.SVHN, Path(root) / "svhn", split="test")
-    return torch.from_numpy(data.data)
-
-
-def read_mnist(root, count):
-    data = fetch(datasets.MNIST, root, train=False)
-    return grey_to_rgb(data.data[:count])
-
-
 def read_textures(root, count):
     """From the test split of DTD, 1,880 textures of 47 classes, in a fixed order."""
     data = fetch(datasets.DTD, root, split="test")
@@ -172,11 +159,11 @@ def read_photos(root, count):
 
 
 OOD_IMAGES = {
-    "svhn": read_svhn,
+    "svhn": lambda root, count: fetch(datasets.SVHN, Path(root) / "svhn", split="test").data,
     "cifar10": lambda root, count: CLOSED_SETS["cifar10"](root, False)[0],
     "cifar100": lambda root, count: CLOSED_SETS["cifar100"](root, False)[0],
     "textures": read_textures,
-    "mnist": read_mnist,
+    "mnist": lambda root, count: grey_to_rgb(fetch(datasets.MNIST, root, train=False).data[:count]),
     "photos": read_photos,
 }
 OOD_SET_NAMES = f"{', '.join([*NOISES, *OOD_IMAGES])}, or a folder of images"
@@ -184,10 +171,10 @@ OOD_SET_NAMES = f"{', '.join([*NOISES, *OOD_IMAGES])}, or a folder of images"
 
 def build_ood_loader(noise_type, ood_num_examples, seed=NOISE_SEED, data_root=DATA_ROOT, **options):
     """Return an ImageLoader over the first images of an OOD set, or all if there are fewer.
-    noise_type: in NOISES or OOD_IMAGES, or a folder of images, which are taken in a fixed
-    order. Batches are float32 (B, 3, 32, 32) in the network's input space, with labels -1. A
-    noise is a function of (seed, name) only. options: batch_size and device of ImageLoader.
-    Raises InputError for an unknown set, OSError for an unavailable one."""
+    noise_type: in NOISES or OOD_IMAGES, or a folder of images, which are taken in a fixed order.
+    Batches are float32 (B, 3, 32, 32), as the network takes them, with labels -1. A noise is a
+    function of (seed, name) only. options: batch_size and device of ImageLoader. Raises InputError,
+    and OSError for an unavailable set."""
     name, count = str(noise_type), ood_num_examples
     folder = Path(os.path.expanduser(name))
     if min(count, options.get("batch_size", 1)) < 1:
@@ -197,7 +184,7 @@ def build_ood_loader(noise_type, ood_num_examples, seed=NOISE_SEED, data_root=DA
         images = torch.as_tensor(NOISES[name](rng, count))
         images = images if images.dtype == torch.uint8 else images.float()
     elif name in OOD_IMAGES:
-        images = OOD_IMAGES[name](data_root, count)
+        images = torch.as_tensor(OOD_IMAGES[name](data_root, count))
     elif folder.is_dir():
         paths = find_images(folder)
         paths = [paths[i] for i in fixed_order(len(paths))[:count]]
@@ -341,16 +328,18 @@ def decode(path):
 
 def decode_all(paths):
     """uint8 (N, 3, 32, 32) of N image files; InputError names the first that are not readable."""
-    with ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(decode, path) for path in paths]
+
+    def try_decode(path):
         try:
-            errors = [job.exception() for job in tqdm(jobs, "decoding", delay=1, disable=None)]
-        finally:  # after Ctrl-C
-            pool.shutdown(cancel_futures=True)
-    bad = [str(error) for error in errors if isinstance(error, InputError)]
+            return decode(path)
+        except InputError as error:
+            return error
+
+    images = thread_map(try_decode, paths, desc="decoding", delay=1, disable=None)
+    bad = [str(image) for image in images if isinstance(image, InputError)]
     if bad:
         raise InputError(f"Fix or remove {len(bad)} files: {', '.join(bad[:3])}.")
-    return torch.stack([job.result() for job in jobs])
+    return torch.stack(images)
 
 
 def grey_to_rgb(images):

@@ -86,10 +86,9 @@ def get_ood_scores(model, dataloader, closed_set=False, score=msp):
 
 @torch.no_grad()
 def get_logits(model, dataloader):
-    """Return logits float32 (N, classes) and labels int64 (N,), on the CPU. dataloader: an
-    iterable of batches (images, labels) on any device; images are floats, normalised with MEAN
-    and STD of ood_data.py. The network is left in eval mode. Raises InputError without a batch,
-    or for images that are not normalised."""
+    """Return logits float32 (N, classes) and labels int64 (N,), on the CPU. dataloader: an iterable
+    of batches (images, labels) on any device. Leaves the network in eval mode. Raises InputError
+    without a batch, or for images that are not normalised, with MEAN and STD of ood_data.py."""
     parameter = next(model.parameters())
     normalised = getattr(dataloader, "normalises", False)
     logits, labels = [], []
@@ -111,15 +110,11 @@ def full_precision(device):
     """Full float32, without autocast, TF32 or bfloat16: they shift scores."""
     operators = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
     operators += [torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul]
-    before = [operator.fp32_precision for operator in operators]
-    try:
+    with torch.autocast(device.type, enabled=False), contextlib.ExitStack() as restored:
         for operator in operators:
+            restored.callback(setattr, operator, "fp32_precision", operator.fp32_precision)
             operator.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for operator, precision in zip(operators, before, strict=True):
-            operator.fp32_precision = precision
+        yield
 
 
 def get_features(model, dataloader):
@@ -277,8 +272,8 @@ def describe(device):
     text = f"{device.type} ({name}), {torch.get_num_threads()} threads"
     versions = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "numpy", "skimage", "sklearn", "PIL"):
-        version = getattr(importlib.import_module(package), "__version__", "unknown")
-        versions[package] = str(version)
+        module = importlib.import_module(package)
+        versions[package] = str(getattr(module, "__version__", "unknown"))
     return {"device": text, "versions": versions}
 
 

@@ -111,9 +111,8 @@ def find_checkpoints(config):
 
 
 def load(config, path):
-    """Return a network on the device, {name: loader} of its sets, and what the JSON says of
-    both. Raises InputError for a network of other images, OSError where the closed set is
-    missing."""
+    """Return a network on the device, {name: loader} of its sets, and what the JSON says of both.
+    Raises InputError for a network of other images, OSError where the closed set is missing."""
     run = train.read_run(path)
     log, model = run["log"], train.load_network(path, run)
     outputs = ood_utils.last_layer(model).out_features
@@ -123,7 +122,8 @@ def load(config, path):
     closed = loaders[CLOSED]
     if outputs != len(closed.classes) or (log and log["classes"] != closed.classes):
         raise InputError(f"{path} was trained on {outputs} classes, not on these: pass --dataset.")
-    if log and (log["config"]["mean"], log["config"]["std"]) != ([*ood_data.MEAN], [*ood_data.STD]):
+    constants = {"mean": [*ood_data.MEAN], "std": [*ood_data.STD]}
+    if log and not constants.items() <= log["settings"].items():
         raise InputError(f"{path} was trained with another MEAN and STD than ood_data.py has.")
     if log and config.split == "validation" and log["tested_on"] != ood_data.digest(closed):
         raise InputError(f"{path} did not hold out these validation images.")
@@ -168,14 +168,14 @@ def name_sets(ood_types, dataset):
     """Return {name: OOD type}; the set of a folder has the folder's name."""
     names, known = {}, (*ood_data.NOISES, *ood_data.OOD_IMAGES)
     closed = Path(os.path.realpath(os.path.expanduser(dataset)))
+    splits = [closed / split for split in ("train", "val", "test")]
+    splits = [] if dataset in ood_data.CLOSED_SETS else splits
     for ood_type in dict.fromkeys(ood_types):
         name, overlaps = ood_type, ood_type == dataset
         if ood_type not in known:
             folder = Path(os.path.realpath(os.path.expanduser(ood_type)))
             name = "".join(c if c.isprintable() else "?" for c in ood_data.path_name(folder))
-            parts = [closed / split for split in ("train", "val", "test")]
-            within = closed.is_relative_to(folder) or any(map(folder.is_relative_to, parts))
-            overlaps = dataset not in ood_data.CLOSED_SETS and within
+            overlaps = any(s.is_relative_to(folder) or folder.is_relative_to(s) for s in splits)
         if overlaps:
             raise InputError(f"OOD type {ood_type} is, or holds, the closed set: leave it out.")
         if name in (*names, *RESERVED) or (name in known and name != ood_type):
@@ -219,16 +219,6 @@ def score_sets(model, loaders, path=None):
     return scores, predictions
 
 
-def measure_pair(pos, neg):
-    """Counts, and metrics in percent in both conventions; None where a group is empty."""
-    row = {"positives": len(pos), "negatives": len(neg), **dict.fromkeys(METRICS)}
-    if len(pos) and len(neg):
-        swapped = ood_utils.get_performance(-neg, -pos)  # OOD is positive
-        figures = *ood_utils.get_performance(pos, neg), *swapped[1:]
-        row |= {metric: 100 * figure for metric, figure in zip(METRICS, figures, strict=True)}
-    return row
-
-
 def describe_set(name, loader, predictions):
     """What the JSON holds of a set; predictions: classes (N,), of a network. The effective number
     of classes is exp(-sum p ln p) over their shares p: k for k equally frequent ones. Near 1 the
@@ -242,7 +232,8 @@ def describe_set(name, loader, predictions):
 
 
 def measure(scores, predictions, loaders):
-    """Return the figures of a network that the JSON holds; the arguments are by set."""
+    """Return the figures of a network that the JSON holds, in percent; the arguments are by set.
+    Metrics, in both conventions, are None where a group is empty."""
     correct = predictions[CLOSED] == loaders[CLOSED].labels.cpu().numpy()
     figures = {"sets": {}, "error_rate": 100 * (1 - correct.mean())}
     for name, loader in loaders.items():
@@ -255,8 +246,14 @@ def measure(scores, predictions, loaders):
         figures["aurc"][score], figures["augrc"][score] = 100 * aurc, 100 * augrc
         pairs = {name: (closed, scores[name][:, column]) for name in scores if name != CLOSED}
         pairs = {RIGHT_WRONG: (closed[correct], closed[~correct])} | pairs
-        for name, pair in pairs.items():
-            figures["rows"].append({"set": name, "score": score} | measure_pair(*pair))
+        for name, (pos, neg) in pairs.items():
+            row = {"set": name, "score": score, "positives": len(pos), "negatives": len(neg)}
+            values = [None] * len(METRICS)
+            if len(pos) and len(neg):
+                swapped = ood_utils.get_performance(-neg, -pos)  # OOD is positive
+                values = [*ood_utils.get_performance(pos, neg), *swapped[1:]]
+                values = [100 * value for value in values]
+            figures["rows"].append(row | dict(zip(METRICS, values, strict=True)))
     return figures
 
 
@@ -274,8 +271,7 @@ def print_report(evaluation, score):
             continue
         row = rows[name]
         if row["auroc"] is None:
-            missing = "misclassified" if row["positives"] else "correctly classified"
-            print(f"AUROC: n/a, AUPR: n/a, FPR95: n/a (no {missing} image)")
+            print("AUROC: n/a, AUPR: n/a, FPR95: n/a (one group has no image)")
         else:
             print(ood_utils.PERFORMANCE_LINE.format(row["auroc"], row["aupr"], row["fpr95"]))
         of_set = evaluation["sets"].get(name, {})

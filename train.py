@@ -75,19 +75,14 @@ SAVE_SECONDS = 10  # at least, between saves: one may take longer than an epoch
 
 # Data -----------------------------------------------------------------------------------
 def augment_batch(images, generator):
-    """Augment a training batch: uint8 (N, 3, 32, 32) -> the same. The whole batch comes at
-    once: draw for each image. Draw from the generator: it is seeded by (seed, epoch, batch),
-    which keeps a resumed run exact."""
-    return crop_and_flip(images, generator)
-
-
-def crop_and_flip(images, generator, padding=4):
-    """Pad with black, crop at random, flip with p = 0.5."""
+    """Pad a batch with black, crop at random, flip with p = 0.5: uint8 (N, 3, 32, 32) -> the same.
+    Draw for each image, from the generator: it is seeded by (seed, epoch, batch), which keeps a
+    resumed run exact."""
     count, _, _, size = images.shape
     draw = {"generator": generator, "device": images.device}
-    row, column = torch.randint(2 * padding + 1, (2, count), **draw)
+    row, column = torch.randint(9, (2, count), **draw)
     flip = torch.rand(count, 1, 1, 1, dtype=torch.float32, **draw) < 0.5
-    padded = F.pad(images, (padding,) * 4)
+    padded = F.pad(images, (4, 4, 4, 4))
     windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # (N, 3, 9, 9, 32, 32), a view
     each = torch.arange(count, device=images.device)
     crops = windows[each, :, row, column]  # (N, 3, 32, 32), one window of each image
@@ -117,9 +112,8 @@ def get_loader(train=True, dataset=Config.dataset, augment=True, validation=0, *
 # Network --------------------------------------------------------------------------------
 def build_network(num_classes=100, stem=Config.stem):
     """Return a network: images float32 (N, 3, 32, 32) -> logits (N, num_classes). stem:
-    torchvision's for photographs, or a 3x3 one for small images. Return another network here,
-    such as mobilenet_v3_small(num_classes=num_classes); its last nn.Linear must give the
-    logits."""
+    torchvision's for photographs, or a 3x3 one for small images. Return another network here, such
+    as mobilenet_v3_small(num_classes=num_classes); its last nn.Linear must give the logits."""
     model = resnet18(num_classes=num_classes)
     if stem == "cifar":  # feature maps four times as wide
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -292,9 +286,8 @@ def run_epoch(epoch, model, optimizer, loaders, config):
 
 
 def train_model(config=None):
-    """Train a network and write its checkpoint; the last epoch is the result. config: a Config,
-    by default the published recipe. Returns the network in eval mode. Raises OSError or
-    InputError, also for a loss that is not finite."""
+    """Train a network, by default with the published recipe, and write its checkpoint. Return it
+    in eval mode; the last epoch is the result. Raises OSError or InputError."""
     config = ood_utils.check(config or Config())
     path = checkpoint_path(config.checkpoint, config.dataset, config.seed)
     device = ood_utils.pick_device(config.device)
@@ -358,9 +351,8 @@ def checkpoint_path(checkpoint, dataset=Config.dataset, seed=0):
 
 
 def read_run(path):
-    """Read X.pth with its log X.json, or X.resume.pth: {"log", "model", and "optimizer"}. The
-    log is None where there is none. Weights of other tools may be in an entry such as
-    "state_dict". Nothing in a file is executed. Raises InputError."""
+    """Read X.pth with its log X.json, or X.resume.pth: {"log", "model", and "optimizer"}; the log
+    may be None. Executes nothing from a file. Raises InputError."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"No checkpoint at {path}: run `python train.py`, or pass --checkpoint.")
@@ -390,11 +382,11 @@ def start_log(config, device, loaders):
     asked = to_jsonable_python(config)
     if config.dataset not in ood_data.CLOSED_SETS:
         asked["dataset"] = str(Path(config.dataset).expanduser().resolve())
-    asked |= {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     log = {"date": started, "command": shlex.join(sys.argv), "config": asked}
     train_loader, test_loader = loaders
-    content = {"classes": train_loader.classes, "code": digest_code(SOURCES)}
+    content = {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
+    content |= {"classes": train_loader.classes, "code": digest_code(SOURCES)}
     content["data"] = ood_data.digest(train_loader, as_input=True)
     free = ("data_root", "checkpoint", "device", "resume")
     log["settings"] = {name: asked[name] for name in asked if name not in free} | content
@@ -479,8 +471,7 @@ def digest_code(sources):
 
 
 def simplify(node):
-    """A syntax tree as lists, without docstrings, and without empty fields, in which versions of
-    Python differ."""
+    """A syntax tree as lists, without docstrings, nor empty fields, in which Pythons differ."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return None  # a docstring
     if isinstance(node, list):

@@ -72,9 +72,8 @@ def read(file, config):
     which they depend but for the "seed"; "digests", by what must be the same in every file."""
     try:
         run = json.loads(file.read_bytes())
-        rows = (
-            pd.DataFrame(run["rows"]).set_index(["score", "set"])[[*run["metrics"]]].astype(float)
-        )
+        rows = pd.DataFrame(run["rows"]).set_index(["score", "set"])
+        rows = rows[[*run["metrics"]]].astype(float)
         classes = {name: one.get("effective_classes") for name, one in run["sets"].items()}
         rows["classes"] = rows.index.get_level_values("set").map(classes).astype(float)
         if not all(0 <= figure <= 100 for figure in (run["error_rate"], *rows["auroc"].dropna())):

@@ -81,7 +81,7 @@ def test_what_has_no_figures_is_named_in_its_place(in_tiny_run, command, no_netw
     results = read_json("digits_resnet18.ood.json")
     rows = {(row["set"], row["score"]): row for row in results["rows"]}
     reason, auroc = results["skipped"]["svhn"], rows["gaussian", "gen"]["auroc"]
-    lines = "Error Rate 0.0000\nAUROC: n/a, AUPR: n/a, FPR95: n/a (no misclassified image)\n"
+    lines = "Error Rate 0.0000\nAUROC: n/a, AUPR: n/a, FPR95: n/a (one group has no image)\n"
     lines += f"ood type: svhn\nskipped: {reason}\nood type: gaussian\nAUROC: {auroc:.4f},"
     assert status == 1 and out.startswith(lines) and "SVHN is missing" in reason
 
