@@ -10,7 +10,6 @@ To add an OOD set, write its function and a line in NOISES or OOD_IMAGES.
 
 import contextlib
 import functools
-import hashlib
 import math
 import os
 import sys
@@ -267,18 +266,8 @@ class ImageLoader:
 def check_images(images, name, dtype=torch.uint8):
     """Raise InputError unless there are images (N, 3, 32, 32) of the dtype."""
     if images.dtype != dtype or images.shape[1:] != (3, 32, 32) or not len(images):
-        form = f"{dtype} (N, 3, 32, 32)".removeprefix("torch.")
-        raise InputError(f"{name} has {images.dtype} {tuple(images.shape)}, not images {form}.")
-
-
-def digest(loader, as_input=False):
-    """8 hex digits of a set's images and labels; with as_input also of 1,000 images as the
-    network gets them, which MEAN and STD change."""
-    content = hashlib.sha256(loader.images.cpu().contiguous().numpy())
-    content.update(loader.labels.cpu().numpy())
-    if as_input:
-        content.update(to_input(loader.images[:1000].cpu()).contiguous().numpy())
-    return content.hexdigest()[:8]
+        found = f"{images.dtype} {tuple(images.shape)}"
+        raise InputError(f"{name} has {found}, not images, {dtype} (N, 3, 32, 32).")
 
 
 # Files and downloads --------------------------------------------------------------------

@@ -7,6 +7,7 @@ fractions; what is printed is percent.
 
 import contextlib
 import errno
+import hashlib
 import importlib
 import os
 import platform
@@ -253,6 +254,14 @@ def set_aside(path, endings=RUN_FILES):
         new = path.with_suffix(f".{number}{ending}")
         path.with_suffix(ending).rename(new)
         print(f"kept the earlier {path.with_suffix(ending).name} as {new}")
+
+
+def digest(*tensors):
+    """8 hex digits of the content of tensors."""
+    content = hashlib.sha256()
+    for tensor in tensors:
+        content.update(tensor.cpu().contiguous().numpy())
+    return content.hexdigest()[:8]
 
 
 def pick_device(name=None):

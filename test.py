@@ -31,7 +31,7 @@ from tyro.conf import arg
 import ood_data
 import ood_utils
 import train
-from ood_utils import SCORES, InputError, Name, Natural, Positive, UserPath
+from ood_utils import SCORES, InputError, Name, Natural, Positive, UserPath, digest
 
 CLOSED_SET_HELP = f"{ood_data.CLOSED_SET_NAMES}; by default that of the training"
 OodTypes = Annotated[tuple[Name, ...], arg(help=ood_data.OOD_SET_NAMES)]
@@ -101,10 +101,8 @@ def evaluate_run(config, path):
 # Load -----------------------------------------------------------------------------------
 def find_checkpoints(config):
     """The paths of a Config, with patterns expanded, where no shell did it."""
-    dataset = config.dataset or train.Config.dataset
-    default = train.checkpoint_path(train.Config.checkpoint, dataset, train.Config.seed)
-    paths = []
-    for path in config.checkpoint or (default,):
+    paths, trained = [], train.Config(config.dataset or train.Config.dataset)
+    for path in config.checkpoint or (train.checkpoint_path(trained),):
         found = [] if path.exists() else sorted(glob.glob(str(path)))
         paths += map(Path, found or [path])
     return paths
@@ -125,15 +123,13 @@ def load(config, path):
     constants = {"mean": [*ood_data.MEAN], "std": [*ood_data.STD]}
     if log and not constants.items() <= log["settings"].items():
         raise InputError(f"{path} was trained with another MEAN and STD than ood_data.py has.")
-    if log and config.split == "validation" and log["tested_on"] != ood_data.digest(closed):
+    held_out = config.split == "validation"
+    if log and held_out and log["tested_on"] != digest(closed.images, closed.labels):
         raise InputError(f"{path} did not hold out these validation images.")
     if log and len(log["epochs"]) < log["config"]["epochs"]:
         done = f"{len(log['epochs'])} of {log['config']['epochs']} epochs"
         print(f"note: {path} is unfinished, {done}", file=sys.stderr)
-    weights = hashlib.sha256()
-    for value in model.state_dict().values():
-        weights.update(value.contiguous().numpy())
-    checkpoint = {"path": path.name, "weights": weights.hexdigest()[:16]}
+    checkpoint = {"path": path.name, "weights": digest(*model.state_dict().values())}
     evaluation = {"checkpoint": checkpoint, "training": log} | conditions
     return model.to(closed.images.device), loaders, evaluation
 
@@ -227,7 +223,7 @@ def describe_set(name, loader, predictions):
     shares = counts / counts.sum()
     effective = np.exp(-np.sum(shares * np.log(shares)))
     of_set = {"kind": "noise" if name in ood_data.NOISES else "images"}
-    of_set |= {"images": len(loader.images), "digest": ood_data.digest(loader)}
+    of_set |= {"images": len(loader.images), "digest": digest(loader.images, loader.labels)}
     return of_set | {"effective_classes": effective, "largest_share": 100 * shares.max()}
 
 

@@ -289,7 +289,7 @@ def train_model(config=None):
     """Train a network, by default with the published recipe, and write its checkpoint. Return it
     in eval mode; the last epoch is the result. Raises OSError or InputError."""
     config = ood_utils.check(config or Config())
-    path = checkpoint_path(config.checkpoint, config.dataset, config.seed)
+    path = checkpoint_path(config)
     device = ood_utils.pick_device(config.device)
     with ood_utils.lock(path.with_name(f".{path.stem}.lock"), f"Another run is writing {path}."):
         files = [file for file in (path, path.with_suffix(".resume.pth")) if file.exists()]
@@ -340,11 +340,11 @@ def native_precision(device):
 
 
 # Files: X.resume.pth while a run is unfinished, then checkpoint X.pth and log X.json ----
-def checkpoint_path(checkpoint, dataset=Config.dataset, seed=0):
+def checkpoint_path(config):
     """The given path, or <dataset>_resnet18.pth, with the seed in its name unless it is 0."""
-    suffix = f"_seed{seed}" if seed else ""
-    name = os.path.basename(os.path.realpath(dataset))
-    path = Path(checkpoint or f"{name}_resnet18{suffix}.pth")
+    suffix = f"_seed{config.seed}" if config.seed else ""
+    name = os.path.basename(os.path.realpath(config.dataset))
+    path = Path(config.checkpoint or f"{name}_resnet18{suffix}.pth")
     if path.suffix != ".pth" or path.stem.endswith((".resume", ".ood")) or path.is_dir():
         raise InputError(f"{path} cannot be a checkpoint: its name must end in .pth.")
     return path
@@ -387,12 +387,13 @@ def start_log(config, device, loaders):
     train_loader, test_loader = loaders
     content = {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
     content |= {"classes": train_loader.classes, "code": digest_code(SOURCES)}
-    content["data"] = ood_data.digest(train_loader, as_input=True)
+    inputs = ood_data.to_input(train_loader.images[:1000].cpu())
+    content["data"] = ood_utils.digest(train_loader.images, train_loader.labels, inputs)
     free = ("data_root", "checkpoint", "device", "resume")
     log["settings"] = {name: asked[name] for name in asked if name not in free} | content
     log["settings"]["dataset"] = ood_data.path_name(asked["dataset"])  # a folder may move
     log |= content | {"images": len(train_loader.images), "sources": SOURCES, "epochs": []}
-    log["tested_on"] = ood_data.digest(test_loader)
+    log["tested_on"] = ood_utils.digest(test_loader.images, test_loader.labels)
     return log | ood_utils.describe(device)
 
 

@@ -57,7 +57,7 @@ def test_the_raw_scores_follow_from_the_weights():
     model.load_state_dict(torch.load(PATH, weights_only=True))
     digest = hashlib.sha256(PATH.read_bytes()).hexdigest()
     weights = hashlib.sha256(b"".join(value.numpy() for value in model.state_dict().values()))
-    assert SEED0["checkpoint"]["weights"] == weights.hexdigest()[:16]
+    assert SEED0["checkpoint"]["weights"] == weights.hexdigest()[:8]
     assert read("cifar100_seed0.json")["sha256"] == digest
     for name in ("published_test_pass", "detectors"):
         assert read(f"{name}.json")["checkpoints"][0] == SEED0["checkpoint"], name
@@ -73,7 +73,8 @@ def test_the_raw_scores_follow_from_the_weights():
 def test_every_file_has_the_log_of_its_run_and_the_contents_that_are_compared():
     """As computed now: of the sets that need no download, and of the scores."""
     names = ("gaussian", "rademacher", "blob", "photos")
-    sets = {name: ood_data.digest(ood_data.build_ood_loader(name, 2000)) for name in names}
+    loaders = {name: ood_data.build_ood_loader(name, 2000) for name in names}
+    sets = {name: ood_utils.digest(one.images, one.labels) for name, one in loaders.items()}
     scores = {name: evaluation.digest_score(score) for name, score in ood_utils.SCORES.items()}
     for path in FILES:
         run, log = read(path.name), read(path.name.replace(".ood", ""))
