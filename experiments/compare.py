@@ -26,10 +26,9 @@ from tyro.conf import Positional
 
 DIFF_LINES = 40  # at most, of two codes
 
-NOTE = """In brackets, the 95% interval (Welch's, unpaired) of the mean difference over training
-seeds, on these test images. *: significant at 5% after Holm's correction over all differences
-of the table. A single run, or figures that do not vary, give neither: in parentheses is the range
-of the several runs."""
+NOTE = """In brackets: 95% interval (Welch's, unpaired) of the mean difference over training seeds,
+on these test images. *: significant at 5% after Holm's correction over the table. A single run,
+or figures that do not vary, give neither; in parentheses: the range of the several runs."""
 
 
 @dataclass
@@ -53,8 +52,13 @@ def main(config):
     for members in groups.values():
         print_group(members, config.score)
     drawn = draw(groups, config)
+    for name, [run, *_] in groups.items():
+        lines = diff_codes(runs[0], run)
+        if len(lines) > DIFF_LINES:
+            lines[DIFF_LINES:] = [f"... and {len(lines) - DIFF_LINES} lines more"]
+        if lines:
+            print(f"The code of {name} against that of {runs[0]['file']}:", *lines, "", sep="\n")
     if len(groups) > 1:
-        print_code_differences(groups)
         print_table(compare(groups, config.score), f"error rate and AUROC, {config.score}")
         print(NOTE)
     print_notes(runs, config.score)
@@ -200,9 +204,9 @@ def get_figures(runs, score, metric="auroc"):
 
 def print_group(runs, score):
     """Every metric of a group by the score, and AUROC by every score."""
-    how = f"mean +- standard deviation of {len(runs)} runs" if len(runs) > 1 else "one run"
-    error_rates = spread([run["error_rate"] for run in runs])
-    print(f"{runs[0]['title']}: {how}; error rate {error_rates}\n")
+    error_rate = spread([run["error_rate"] for run in runs])
+    how = f"mean +- standard deviation of {len(runs)} runs"
+    print(f"{runs[0]['title']}: {how}; error rate {error_rate}\n")
     metrics = runs[0]["metrics"] | {"classes": "effective classes"}
     table = {title: get_figures(runs, score, one).agg(spread) for one, title in metrics.items()}
     table = pd.DataFrame(table)
@@ -210,16 +214,6 @@ def print_group(runs, score):
     scores = runs[0]["table"].index.unique("score")
     common = [one for one in scores if all(one in run["table"].index for run in runs)]
     print_table(pd.DataFrame({one: get_figures(runs, one).agg(spread) for one in common}), "AUROC")
-
-
-def print_code_differences(groups):
-    (base, [first, *_]), *others = groups.items()
-    for name, [run, *_] in others:
-        lines = diff_codes(first, run)
-        if lines:
-            print(f"The code of {name} against that of {base}:", *lines[:DIFF_LINES], sep="\n")
-            left = len(lines) - DIFF_LINES
-            print(f"... and {left} lines more\n" if left > 0 else "")
 
 
 def print_notes(runs, score):
@@ -301,11 +295,11 @@ def draw(groups, config):
         for line, runs in enumerate(groups.values()):
             colour = f"C{line}" if len(groups) <= 10 else colormaps["turbo"](line / len(groups))
             heights = np.arange(len(sets)) + 0.6 * line / len(groups)
-            aurocs = [run["table"].loc[config.score]["auroc"].reindex(sets) for run in runs]
             title = runs[0]["title"].replace("$", r"\$")[:100]  # no TeX
-            label = [title, *[None] * (len(runs) - 1)]
-            dots.plot(np.transpose(aurocs), heights, "o", color=colour, alpha=0.7, label=label)
             for run in runs:
+                aurocs = run["table"].loc[config.score]["auroc"].reindex(sets)
+                label = title if run is runs[0] else None
+                dots.plot(aurocs, heights, "o", color=colour, alpha=0.7, label=label)
                 accuracy = 100 * pd.DataFrame(run["log"]["epochs"]).filter(like="accuracy")
                 accuracies.plot(accuracy.index + 1, accuracy, color=colour, lw=1)
         dots.set_yticks(range(len(sets)), [name.replace("$", r"\$")[:25] for name in sets])

@@ -176,7 +176,7 @@ def test_what_tables_leave_out_is_said_of_a_single_group_too(printed):
 def test_codes_are_compared_line_by_line(printed):
     files = write_runs(OLD, NEW)
     out = printed(*files)
-    assert "The code of r1 against that of r0:\n" in out
+    assert "The code of r1 against that of r0.ood.json:\n" in out
     assert "\n-b = 2\n+b = loss(3)\n" in out and "\n+def loss(x):\n" in out
     assert "of 2 runs" in printed(*files, ignore_code=True)
     out = printed(*write_runs(OLD, LONG))
