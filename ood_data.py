@@ -120,14 +120,14 @@ def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
     place of the test images. Raises InputError, and OSError for an unavailable set."""
     folder = Path(os.path.expanduser(dataset))
     if dataset in CLOSED_SETS:
-        data = CLOSED_SETS[dataset](data_root, train or validation > 0)
+        images, labels, classes = CLOSED_SETS[dataset](data_root, train or validation > 0)
     elif validation and (folder / "val").is_dir():
         return read_class_folder(folder, "train" if train else "val")
     elif folder.is_dir():
-        data = read_class_folder(folder, "train" if train or validation else "test")
+        split = "train" if train or validation else "test"
+        images, labels, classes = read_class_folder(folder, split)
     else:
         raise InputError(f"Unknown data set {dataset!r}: use {CLOSED_SET_NAMES}.")
-    images, labels, classes = data
     check_images(images, dataset)
     if validation >= len(images):
         raise InputError(f"--validation {validation} leaves none of the {len(images)} images.")

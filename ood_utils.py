@@ -26,7 +26,6 @@ from tqdm import tqdm
 RECALL_LEVEL = 0.95  # FPR95: the true positive rate at which the false positive rate is read
 PERFORMANCE_LINE = "AUROC: {:.4f}, AUPR: {:.4f}, FPR95: {:.4f}"  # as published, in percent
 
-# Types of settings, which `check` checks.
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, BeforeValidator(lambda name: str(name) if isinstance(name, Path) else name)]

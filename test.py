@@ -5,12 +5,10 @@
     python test.py --checkpoint seed0.pth seed1.pth seed2.pth    # one after the other
 
 Prints, in percent, the error rate, then AUROC, AUPR and FPR95: of correctly classified images
-(positive) against misclassified ones, and of the closed set (positive) against each OOD set;
-then a table. Writes, beside each checkpoint or into --output:
-    cifar100_resnet18.ood.json    every figure of every set and score, and their conditions
-    cifar100_resnet18.ood.npz     scores and predictions of every image
-Another evaluation there is moved to cifar100_resnet18.1.ood.json. experiments/compare.py
-compares .ood.json files. Exit status 1 if an OOD set or a checkpoint was skipped.
+(positive) against misclassified ones, and of the closed set (positive) against each OOD set; then
+a table. Writes, beside each checkpoint X.pth or into --output, every figure (X.ood.json, which
+experiments/compare.py compares) and the scores and predictions of every image (X.ood.npz); moves
+another evaluation there to X.1.ood.*. Exit status 1 if an OOD set or a checkpoint was skipped.
 """
 
 import glob
@@ -180,11 +178,11 @@ def name_sets(ood_types, dataset):
     return names
 
 
-def digest_score(score, classes=100):
-    """8 hex digits of what a score makes of fixed logits."""
-    logits = np.random.default_rng(0).normal(0, 5, (20, classes))
-    values = score(torch.from_numpy(logits)).tolist()
-    return hashlib.sha256(" ".join(f"{value:.6g}" for value in values).encode()).hexdigest()[:8]
+def digest_score(score, classes):
+    """8 hex digits of what a score makes of fixed logits (20, classes)."""
+    logits = torch.from_numpy(np.random.default_rng(0).normal(0, 5, (20, classes)))
+    values = " ".join(f"{value:.6g}" for value in score(logits).tolist())
+    return hashlib.sha256(values.encode()).hexdigest()[:8]
 
 
 def check_error_rate(evaluation):

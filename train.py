@@ -361,7 +361,7 @@ def read_run(path):
         names = ", ".join(map(str, state.keys()))
     except Exception as error:
         raise InputError(f"{path} is damaged, or no state dict of plain tensors.") from error
-    if isinstance(state.get("log"), dict):
+    if "settings" in (state.get("log") or ()):
         return state
     for entry in ("state_dict", "model", "model_state_dict", "net"):
         if isinstance(state.get(entry), dict):
@@ -372,7 +372,7 @@ def read_run(path):
         return {"log": None, "model": state}
     with contextlib.suppress(ValueError, LookupError, TypeError):
         log = json.loads(log_path.read_bytes())
-        if log["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest():
+        if log["settings"] and log["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest():
             return {"log": log, "model": state}
     raise InputError(f"{log_path} is damaged, or the log of another checkpoint: move it.")
 
