@@ -205,7 +205,7 @@ def get_figures(runs, score, metric="auroc"):
 def print_group(runs, score):
     """Every metric of a group by the score, and AUROC by every score."""
     error_rate = spread([run["error_rate"] for run in runs])
-    how = f"mean +- standard deviation of {len(runs)} runs"
+    how = f"mean +- standard deviation of {len(runs)} runs" if len(runs) > 1 else "one run"
     print(f"{runs[0]['title']}: {how}; error rate {error_rate}\n")
     metrics = runs[0]["metrics"] | {"classes": "effective classes"}
     table = {title: get_figures(runs, score, one).agg(spread) for one, title in metrics.items()}
