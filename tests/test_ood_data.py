@@ -35,8 +35,7 @@ def test_blob_equals_the_per_image_protocol():
 def any_files(monkeypatch):
     """torchvision takes files that are not those it would download."""
     for module in ("cifar", "mnist", "svhn", "utils"):
-        name = f"torchvision.datasets.{module}.check_integrity"
-        monkeypatch.setattr(name, lambda path, md5=None: True)
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda *args: True)
 
 
 def test_cifar100_is_read_as_torchvision_reads_it(tmp_path, any_files):
@@ -92,7 +91,7 @@ def test_the_first_images_of_a_folder_are_not_all_of_one_class(tmp_path):
     for name in "abcd":
         write_images(tmp_path / name, 10)
     files = build_ood_loader(tmp_path, 10).files
-    assert len({file.split("/")[0] for file in files}) >= 3
+    assert len({file[0] for file in files}) >= 3
     assert files == build_ood_loader(tmp_path, 40).files[:10]
 
 
@@ -110,15 +109,14 @@ def test_images_of_another_form_are_refused(images, monkeypatch):
         build_ood_loader("mine", -5)
 
 
-def test_noise_of_a_user_may_be_bytes_which_are_normalised(monkeypatch):
-    for noise, value in (
-        (BYTES.numpy(), (128 / 255 - MEAN[0]) / STD[0]),
-        (np.ones(BYTES.shape), 1),
-    ):
-        monkeypatch.setitem(ood_data.NOISES, "mine", lambda rng, count, noise=noise: noise)
-        ((images, _),) = build_ood_loader("mine", 5)
-        assert images.dtype == torch.float32 and images.shape == (5, 3, 32, 32)
-        np.testing.assert_allclose(images[:, 0], value, atol=1e-6)
+@pytest.mark.parametrize("noise,value", [
+    (BYTES.numpy(), (128 / 255 - MEAN[0]) / STD[0]), (np.ones(BYTES.shape), 1)
+])  # fmt: skip
+def test_noise_of_a_user_may_be_bytes_which_are_normalised(noise, value, monkeypatch):
+    monkeypatch.setitem(ood_data.NOISES, "mine", lambda rng, count: noise)
+    ((images, _),) = build_ood_loader("mine", 5)
+    assert images.dtype == torch.float32 and images.shape == (5, 3, 32, 32)
+    np.testing.assert_allclose(images[:, 0], value, atol=1e-6)
 
 
 def test_the_closed_set_is_no_ood_set(class_folder):
@@ -148,14 +146,12 @@ def test_downloads_into_one_folder_wait_for_each_other(tmp_path, capfd):
     assert events == ["begin", "end"] * 3
 
 
-def test_another_std_is_another_training_on_the_same_images(monkeypatch):
-    loader, digests = train.get_loader(False, "digits"), set()
-    for std in (STD, (0.3, 0.3, 0.3)):
-        ood_data.statistics.cache_clear()
-        monkeypatch.setattr(ood_data, "STD", std)
-        digests |= {ood_data.digest(loader), ood_data.digest(loader, as_input=True)}
-    ood_data.statistics.cache_clear()
-    assert len(digests) == 3
+def test_other_inputs_are_another_training_on_the_same_images(monkeypatch):
+    loader = train.get_loader(False, "digits")
+    images, inputs = ood_data.digest(loader), ood_data.digest(loader, as_input=True)
+    monkeypatch.setattr(ood_data, "normalise", lambda images: images / 255)
+    assert ood_data.digest(loader) == images
+    assert ood_data.digest(loader, as_input=True) not in (images, inputs)
 
 
 def contents_of(is_train, **options):
