@@ -28,7 +28,6 @@ def brute_force(pos, neg):
 
 
 @pytest.mark.parametrize("pos,neg", [
-    (rng.normal(1, 1, 60), rng.normal(0, 1, 40)),
     (rng.integers(0, 6, 80).astype(float), rng.integers(0, 5, 30).astype(float)),  # ties
     (np.arange(20.0), np.array([0.5, 1.0, 1.5, 18.0])),  # a recall of exactly 0.95
 ])  # fmt: skip
@@ -56,14 +55,13 @@ def test_what_is_no_finite_number_is_refused(scores):
             get_performance(*pair)
 
 
-@pytest.mark.parametrize("scale", [5, 800])
-def test_scores_point_one_way_and_stay_finite(scale):
+def test_scores_point_one_way_and_stay_finite():
     """Confident above undecided, also where a softmax reaches exactly 1 and 0."""
-    logits = torch.zeros(2, 100, dtype=torch.float64)
-    logits[0, 7] = scale
+    logits = torch.zeros(3, 100, dtype=torch.float64)
+    logits[:2, 7] = torch.tensor([5, 800])
     for name, score in ood_utils.SCORES.items():
-        sure, undecided = score(logits)
-        assert sure.isfinite() and undecided.isfinite() and sure > undecided, name
+        *sure, undecided = found = score(logits)
+        assert found.isfinite().all() and min(sure) > undecided, name
 
 
 def test_scores_equal_their_formulas():
@@ -92,10 +90,8 @@ def risks_by_orders(scores, correct):
     return np.mean(areas, axis=0)
 
 
-@pytest.mark.parametrize("scores,correct", [
-    ([3, 2, 2, 2, 1], [True, False, True, True, False]), ([1, 2], [False, False])
-])  # fmt: skip
-def test_aurc_and_augrc_equal_brute_force_over_orders(scores, correct):
+def test_aurc_and_augrc_equal_brute_force_over_orders():
+    scores, correct = [3, 2, 2, 2, 1], [True, False, True, True, False]
     found = ood_utils.get_risks(scores, correct)
     assert found == pytest.approx(risks_by_orders(scores, correct), abs=1e-12)
 
