@@ -88,10 +88,9 @@ def test_textures_are_the_test_split_of_dtd(tmp_path):
 
 
 def test_fewer_images_of_a_folder_are_the_first_of_more(tmp_path):
-    """In another order than that of their names, whose first would be of one class."""
     write_images(tmp_path / "a", 20)
     files = build_ood_loader(tmp_path, 20).files
-    assert build_ood_loader(tmp_path, 5).files == files[:5] != sorted(files)[:5]
+    assert build_ood_loader(tmp_path, 5).files == files[:5] != sorted(files)[:5]  # of one class
 
 
 @pytest.mark.parametrize("images", [BYTES.float(), BYTES[:0], BYTES.repeat(1, 1, 2, 2)])

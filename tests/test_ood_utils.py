@@ -122,6 +122,7 @@ def test_the_precision_of_the_caller_changes_no_score():
     """In full float32, also on a GPU; afterwards every precision is as it was."""
     cpu, cuda = torch.backends.mkldnn, torch.backends.cuda
     operators = cpu.conv, cpu.matmul, cuda.matmul, torch.backends.cudnn.conv
+    cpu.matmul.fp32_precision = "none"  # the default, whatever the tests before left
     before = [operator.fp32_precision for operator in operators]
     network, expected, during = torch.nn.Sequential(NETWORK), NETWORK(NORMAL), []
     network.register_forward_pre_hook(
