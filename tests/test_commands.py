@@ -1,5 +1,4 @@
-"""The command lines as a user starts them: digits from end to end, the report, bad input. The
-experiments on digits, against the usual test loop and torch.cdist."""
+"""The command lines as a user starts them: digits from end to end, bad input, experiments."""
 
 import contextlib
 import json
@@ -39,15 +38,16 @@ def test_digits_from_end_to_end(tmp_path, monkeypatch, command):
         assert f"loss {epoch['loss']:.4f}  test accuracy {epoch['test_accuracy']:.2%} " in line
 
     sets = ("blob", "photos")
-    status, out, _ = command(f"test.py --checkpoint {name}.pth --ood-types", *sets)
+    status, out, _ = command(f"test.py --checkpoint {name}.pth --score energy --ood-types", *sets)
     report, table = out.split("\n\n", 1)
     error_rate, *lines = report.splitlines()
     assert status == 0 and lines[1::2] == [f"ood type: {one}" for one in sets]
     results, arrays = read_json(f"{name}.ood.json"), np.load(f"{name}.ood.npz")
     assert [one["kind"] for one in results["sets"].values()] == ["images", "noise", "images"]
+    assert not np.array_equal(arrays["scores/blob"], np.float32(arrays["scores/blob"]))  # float64
     correct = arrays["labels"] == arrays["predictions/closed set"]
     assert error_rate == f"Error Rate {100 * (1 - correct.mean()):.4f}"
-    rows = {row["set"]: row for row in results["rows"] if row["score"] == evaluation.Config.score}
+    rows = {row["set"]: row for row in results["rows"] if row["score"] == "energy"}
     for line, one in zip(lines[::2], ("right / wrong", *sets), strict=True):
         form = "AUROC: {auroc:.4f}, AUPR: {aupr:.4f}, FPR95: {fpr95:.4f}"
         assert line == form.format(**rows[one])
@@ -70,20 +70,19 @@ def test_a_full_disk_leaves_the_report_and_head_the_files(in_tiny_run, command, 
     _, out, _ = command(DIGITS, "blob", "--seed", "1")
     assert "kept the earlier digits_resnet18.ood.npz as digits_resnet18.1.ood.npz\n" in out
     assert files_of("digits_resnet18.1.ood") == first
+    assert files_of("digits_resnet18.ood")[".npz"] != first[".npz"]  # scores of other noise
 
 
 def test_what_has_no_figures_is_named_in_its_place(in_tiny_run, command, monkeypatch):
-    """Of a network without mistakes, in a report of another score than MSP."""
+    """Of a network without mistakes, whose scores are all equal."""
     monkeypatch.setattr(
         ood_utils, "get_logits", lambda _, loader: (torch.eye(10)[loader.labels], loader.labels)
     )
     Path("digits_resnet18.json").unlink()  # some mistakes by the log
-    status, out, _ = command(DIGITS, "svhn", "gaussian", "--data-root", ".", "--score", "gen")
-    results = read_json("digits_resnet18.ood.json")
-    rows = {(row["set"], row["score"]): row for row in results["rows"]}
-    reason, auroc = results["skipped"]["svhn"], rows["gaussian", "gen"]["auroc"]
+    status, out, _ = command(DIGITS, "svhn", "gaussian", "--data-root", ".")
+    reason = read_json("digits_resnet18.ood.json")["skipped"]["svhn"]
     lines = "Error Rate 0.0000\nAUROC: n/a, AUPR: n/a, FPR95: n/a (no misclassified image)\n"
-    lines += f"ood type: svhn\nskipped: {reason}\nood type: gaussian\nAUROC: {auroc:.4f},"
+    lines += f"ood type: svhn\nskipped: {reason}\nood type: gaussian\nAUROC: 50.0000,"
     assert status == 1 and out.startswith(lines) and "SVHN is missing" in reason
 
 
@@ -159,6 +158,7 @@ def test_runs_with_validation_never_read_the_test_images(in_tiny_run, command, m
     assert results["error_rate"] == pytest.approx(100 * (1 - accuracy))
     *_, row = results["rows"]
     assert (row["set"], row["positives"], row["negatives"]) == ("blob", 200, 40)
+    assert evaluate("v.pth")[0]["sets"]["closed set"]["images"] == 360  # now the test images
     Path("v.json").write_text(json.dumps(log | {"tested_on": "others"}))
     status, _, err = command("test.py --split validation --checkpoint v.pth")
     assert status == 2 and "v.pth did not hold out these" in err
@@ -175,8 +175,8 @@ def bad_files(in_tiny_run, monkeypatch):
         Path(f"broken/train/bird/{name}.png").write_bytes(b"no picture")
     Image.new("I;16", (32, 32)).save("broken/train/bird/a.tiff")
     torch.save({"fc.weight": Path()}, "code.pth")  # to load it is to call its class
-    shutil.copy("digits_resnet18.pth", "ten.pth")
-    shutil.copy("whole.pth", "a.pth")
+    for name in ("two.pth", "a.pth"):
+        shutil.copy("whole.pth", name)
     Path("whole.json").write_text("{")
     monkeypatch.setattr(torch.Tensor, "backward", None)
     monkeypatch.setattr(ood_utils, "write_file", None)
@@ -197,7 +197,8 @@ def bad_files(in_tiny_run, monkeypatch):
     ("test.py --dataset cifar10", "No checkpoint at cifar10_resnet18.pth: run `python train.py`"),
     ("test.py --checkpoint whole.pth", "whole.json is damaged"),
     ("test.py --checkpoint code.pth", "code.pth is damaged, or no state dict of plain tensors"),
-    ("test.py --checkpoint ten.pth", "no log and 10 classes: pass --dataset"),
+    ("test.py --checkpoint two.pth", "no log and 2 classes: pass --dataset"),
+    ("test.py --checkpoint two.pth --dataset digits", "on 2 classes, not on these: pass"),
     (f"{DIGITS} svhn fog", f"'fog': use {', '.join([*ood_data.NOISES, *ood_data.OOD_IMAGES])}, or"),
     (f"{DIGITS} a/x b/x", "Two sets would be named 'x'"),
 ])  # fmt: skip

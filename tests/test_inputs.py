@@ -129,9 +129,8 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_goes_on_where_packages_and_processor_are_others(in_tiny_run, monkeypatch):
-    """A version is the module's own, or unknown. On a node without bfloat16 the run keeps the
-    precision that it began with; with --precision it is refused."""
-    monkeypatch.delattr("PIL.__version__")
+    """Without bfloat16 it keeps its precision; with --precision it is refused."""
+    monkeypatch.delattr("PIL.__version__")  # of pillow-simd, say
     train_quietly("pets", "new.pth", precision="bfloat16", epochs=1)
     versions = read_json("new.json")["versions"]
     assert (versions["PIL"], versions["torch"]) == ("unknown", torch.__version__)
