@@ -171,6 +171,7 @@ def bad_files(in_tiny_run, monkeypatch):
     """Each has something wrong. Nothing may be trained, nor written."""
     for folder in ("pets/test", "none/train", "broken/train"):
         Path(folder, "bird").mkdir(parents=True)
+    shutil.copytree("pets/train/cat", "pets/train/wolf")
     for name in "bcd":
         Path(f"broken/train/bird/{name}.png").write_bytes(b"no picture")
     Image.new("I;16", (32, 32)).save("broken/train/bird/a.tiff")
@@ -185,7 +186,7 @@ def bad_files(in_tiny_run, monkeypatch):
 @pytest.mark.parametrize("line,message", [
     ("train.py --dataset nosuch", f"'nosuch': use {', '.join(ood_data.CLOSED_SETS)}, or"),
     ("train.py --dataset cifar100 --data-root empty", "under empty, .*: copy it"),
-    ("train.py --dataset pets", "pets: train/ and test/ do not both have bird"),
+    ("train.py --dataset pets", "pets: train/ and test/ do not both have bird, wolf"),
     ("train.py --dataset none", "none/train/bird holds no image"),
     ("train.py --dataset broken", "remove 4 files: .*/a.tiff .* 8 bits.*/b.png .*/c.png is [^,]*$"),
     ("train.py --dataset digits --batch-size 359", "1437 images leave a batch of 1"),
