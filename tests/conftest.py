@@ -24,10 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def on_the_cpu():
-    """A GPU beside it changes nothing; no test waits for the disk, or for threads."""
+    """A GPU beside it changes nothing; no test waits for the disk, for threads, or to save."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(train, "SAVE_SECONDS", 0)
         patch.setattr(torch.accelerator, "current_accelerator", lambda **options: None)
         yield
 
@@ -52,10 +53,10 @@ def command(monkeypatch, capsys):
 def tiny_network(num_classes=100, stem=None):
     """With batch norm, a convolution of small maps, and dropout: a resumed run needs each."""
     width = 8 if stem == "cifar" else 16
-    conv = nn.Conv2d(width, 16, 3, padding=1, bias=False)
+    conv = nn.Conv2d(width, 80, 3, padding=1, bias=False)  # 320 features: ViM wants 256
     layers = [nn.Conv2d(3, width, 16, 16, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     layers += [train.SmallMapConv(conv, slice(0, 3)), nn.ReLU(), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(64, num_classes))
+    return nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(320, num_classes))
 
 
 def write_images(folder, count, seed=0, size=(40, 34)):
@@ -106,7 +107,6 @@ def tiny_folder(tmp_path_factory):
         write_images(folder / "pets/test" / name, 5, seed + 10)
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         patch.setattr(train, "build_network", tiny_network)
-        patch.setattr(train, "SAVE_SECONDS", 0)
         train.train_model(train.Config(dataset="digits", epochs=2, lr=0.05, device="cpu"))
         train_quietly("pets", "a.pth", epochs=1)
         for ending in ("json", "npz"):
@@ -120,13 +120,8 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture
 def in_tiny_run(tiny_folder, tmp_path, monkeypatch):
-    """The working directory of a test: a copy of tiny_folder."""
+    """The working directory of a test: a copy of tiny_folder. Every download fails at once."""
+    monkeypatch.setattr("urllib.request.urlopen", mock.Mock(side_effect=OSError("no network")))
     monkeypatch.setattr(train, "build_network", tiny_network)
     monkeypatch.chdir(shutil.copytree(tiny_folder, tmp_path / "runs"))
     return tmp_path / "runs"
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Every download fails at once, as on a machine without a network."""
-    monkeypatch.setattr("urllib.request.urlopen", mock.Mock(side_effect=OSError("no network")))
