@@ -199,25 +199,21 @@ def check(config):
         raise InputError(f"--{flag} {first['input']}: {first['msg']}.") from error
 
 
-@contextlib.contextmanager
 def lock(path, if_held=None):
-    """Hold a lock file; if another process holds it, wait, or raise InputError(if_held)."""
+    """Lock a file in a with block; if another process has it, wait or raise InputError(if_held)."""
     held = FileLock(path)
     try:
-        held.acquire(blocking=False)
+        return held.acquire(blocking=False)
     except Timeout as error:
         if if_held:
             raise InputError(if_held) from error
         print(f"waiting for the process that holds {path}", file=sys.stderr)
-        held.acquire()
+        return held.acquire()
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in NO_SUPPORT:
             raise
         print(f"note: no lock on {path} ({error}): start one run at a time", file=sys.stderr)
-    try:
-        yield
-    finally:
-        held.release()
+        return contextlib.nullcontext()
 
 
 def write_file(path, content):
