@@ -20,11 +20,12 @@ import torch
 import tyro
 from filelock import FileLock, Timeout
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
-from torch import nn
 from tqdm import tqdm
 
 RECALL_LEVEL = 0.95  # FPR95: the true positive rate at which the false positive rate is read
 PERFORMANCE_LINE = "AUROC: {:.4f}, AUPR: {:.4f}, FPR95: {:.4f}"  # as published, in percent
+RUN_FILES = (".val.ood.npz", ".val.ood.json", ".ood.npz", ".ood.json", ".json")  # of X.pth
+RUN_FILES += (".pth", ".resume.pth")  # moved last: after a kill, the rest still has a free name
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
@@ -128,7 +129,7 @@ def get_features(model, dataloader):
 
 def last_layer(model):
     """The last nn.Linear of a network, which turns features into logits."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     if not layers:
         raise InputError("The network needs an nn.Linear that gives the logits.")
     return layers[-1]
@@ -233,10 +234,6 @@ def write_file(path, content):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-RUN_FILES = (".val.ood.npz", ".val.ood.json", ".ood.npz", ".ood.json", ".json")
-RUN_FILES += (".pth", ".resume.pth")  # moved last: after a kill, the rest still has a free name
 
 
 def set_aside(path, endings=RUN_FILES):

@@ -110,6 +110,12 @@ def get_loader(train=True, dataset=Config.dataset, augment=True, validation=0, *
 
 
 # Network --------------------------------------------------------------------------------
+# Convolutions of 2x2 or 1x1 maps: the rows, and columns, of their kernels that meet a pixel.
+SMALL_MAPS = dict.fromkeys(("layer3.0.conv2", "layer3.1.conv1", "layer3.1.conv2"), slice(0, 3))
+SMALL_MAPS |= {"layer4.0.conv1": slice(1, 3), "layer4.0.conv2": slice(1, 2)}
+SMALL_MAPS |= {"layer4.1.conv1": slice(1, 2), "layer4.1.conv2": slice(1, 2)}
+
+
 def build_network(num_classes=100, stem=Config.stem):
     """Return a network: images float32 (N, 3, 32, 32) -> logits (N, num_classes). stem:
     torchvision's for photographs, or a 3x3 one for small images. Return another network here, such
@@ -123,13 +129,6 @@ def build_network(num_classes=100, stem=Config.stem):
     for name, live in SMALL_MAPS.items():  # for speed: the function is the same
         model.set_submodule(name, SmallMapConv(model.get_submodule(name), live))
     return model
-
-
-# The rows, and columns, of 3x3 kernels that ever meet a pixel: with the stem for photographs,
-# these convolutions get maps of 2x2 or 1x1 pixels.
-SMALL_MAPS = dict.fromkeys(("layer3.0.conv2", "layer3.1.conv1", "layer3.1.conv2"), slice(0, 3))
-SMALL_MAPS |= {"layer4.0.conv1": slice(1, 3), "layer4.0.conv2": slice(1, 2)}
-SMALL_MAPS |= {"layer4.1.conv1": slice(1, 2), "layer4.1.conv2": slice(1, 2)}
 
 
 class SmallMapConv(nn.Module):
