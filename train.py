@@ -16,14 +16,13 @@ import hashlib
 import io
 import json
 import math
-import os
 import random
 import shlex
 import sys
 import time
-import tokenize
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from importlib.util import decode_source
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -342,7 +341,7 @@ def native_precision(device):
 def checkpoint_path(config):
     """The given path, or <dataset>_resnet18.pth, with the seed in its name unless it is 0."""
     suffix = f"_seed{config.seed}" if config.seed else ""
-    name = os.path.basename(os.path.realpath(config.dataset))
+    name = Path(config.dataset).resolve().name
     path = Path(config.checkpoint or f"{name}_resnet18{suffix}.pth")
     if path.suffix != ".pth" or path.stem.endswith((".resume", ".ood")) or path.is_dir():
         raise InputError(f"{path} cannot be a checkpoint: its name must end in .pth.")
@@ -438,8 +437,7 @@ def read_sources(script):
     sources, files, seen = {}, [script], {script.stem}
     for file in filter(Path.is_file, files):  # which grows
         try:
-            with tokenize.open(file) as source:
-                text = source.read()
+            text = decode_source(file.read_bytes())
             tree = ast.parse(text)
         except SyntaxError:  # in a file of a package that is not imported
             continue
