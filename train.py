@@ -75,8 +75,7 @@ SAVE_SECONDS = 10  # at least, between saves: one may take longer than an epoch
 # Data -----------------------------------------------------------------------------------
 def augment_batch(images, generator):
     """Pad a batch with black, crop at random, flip with p = 0.5: uint8 (N, 3, 32, 32) -> the same.
-    Draw for each image, from the generator: it is seeded by (seed, epoch, batch), which keeps a
-    resumed run exact."""
+    Draw from the generator: its seed is (seed, epoch, batch), which keeps a resumed run exact."""
     count, _, _, size = images.shape
     draw = {"generator": generator, "device": images.device}
     row, column = torch.randint(9, (2, count), **draw)
@@ -96,10 +95,9 @@ def get_transform(train=True):
 
 
 def get_loader(train=True, dataset=Config.dataset, augment=True, validation=0, **options):
-    """Return an ImageLoader over a split of a closed set; its `classes` are the class names.
-    Training images are shuffled and augmented anew in each epoch unless augment=False. With
-    validation=n, n of them are held out, and train=False gives these, not the test images.
-    options: data_root; batch_size, seed and device of ImageLoader."""
+    """Return an ImageLoader over a closed set; its `classes` are the class names. Training images
+    are shuffled and augmented anew in each epoch unless augment=False. train=False: test images, or
+    with validation=n the n held out of training. options: data_root; those of ImageLoader."""
     data_root = options.pop("data_root", Config.data_root)
     data = ood_data.read_closed_set(dataset, data_root, train, validation)
     augment = train and augment
@@ -131,9 +129,8 @@ def build_network(num_classes=100, stem=Config.stem):
 
 
 class SmallMapConv(nn.Module):
-    """A 3x3 convolution of maps of 2x2 or 1x1, with padding 1, as one matrix product. Kernel
-    weights that only ever see padding change no output and get no gradient: they are left out,
-    and are zeros in the state dict. On a CPU, training is 1.4 times as fast."""
+    """A 3x3 convolution of 2x2 or 1x1 maps, with padding 1, as one matrix product. Kernel weights
+    that only ever see padding change no output: they are left out, and zeros in the state dict."""
 
     def __init__(self, conv, live):
         super().__init__()
@@ -455,9 +452,8 @@ def read_sources(script):
 
 
 def digest_code(sources):
-    """8 hex digits of {name: text}: runs of equal digest are of one setting, and --resume
-    refuses another one. Comments, docstrings and the values of Config do not count, nor do
-    ood_data.py and ood_utils.py: an OOD set or score may be added between two seeds."""
+    """8 hex digits of {name: text}. Comments, docstrings and the values of Config do not count, nor
+    do ood_data.py and ood_utils.py: an OOD set or score may be added between two seeds."""
     digest = hashlib.sha256()
     for name in sorted(sources.keys() - {"ood_data.py", "ood_utils.py"}):
         tree = ast.parse(sources[name])
