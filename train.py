@@ -168,13 +168,12 @@ def load_network(path, run=None):
     for prefix in ("module.", "_orig_mod.", "module."):  # DataParallel, torch.compile
         known = {name: name if name in expected else name.removeprefix(prefix) for name in state}
         state = {known[name]: value for name, value in state.items()}
+    first = state.get("conv1.weight", torch.empty(0))
+    stem = "cifar" if first.shape[2:] == (3, 3) else "imagenet"
+    heads = [len(value) for value in state.values() if value.ndim == 2]  # of Linear layers
+    count = heads[-1] if heads else 1
     if run["log"]:
         stem, count = run["log"]["config"]["stem"], len(run["log"]["classes"])
-    else:
-        first = state.get("conv1.weight", torch.empty(0))
-        stem = "cifar" if first.shape[2:] == (3, 3) else "imagenet"
-        heads = [len(value) for value in state.values() if value.ndim == 2]  # of Linear layers
-        count = heads[-1] if heads else 1
     model = build_network(count, stem).float()
     try:
         model.load_state_dict(state)
@@ -326,11 +325,10 @@ def train_model(config=None):
 
 def native_precision(device):
     """bfloat16 where the device has it, else float32; on CUDA with TF32 convolutions."""
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    native = able.get("avx512_bf16") or able.get("bf16")  # x86, ARM
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        native = able.get("avx512_bf16") or able.get("bf16")  # x86, ARM
     return "bfloat16" if native else "float32"
 
 
