@@ -392,7 +392,7 @@ def start_log(config, device, loaders):
 
 def resume(path, run, log, model, optimizer):
     """Load a run into log, model and optimizer, or raise InputError if it is another one."""
-    old, new = run["log"].get("settings", {}), log["settings"]
+    old, new = run["log"]["settings"], log["settings"]
     changed = [name for name in old | new if old.get(name) != new.get(name)]
     if changed:
         texts = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}"[:99] for name in changed)
@@ -403,10 +403,7 @@ def resume(path, run, log, model, optimizer):
         log["device"] = f"{run['log']['device']}, then {log['device']}"
     if "optimizer" in run:
         optimizer.load_state_dict(run["optimizer"])
-        done, config = len(log["epochs"]), log["config"]
-        print(f"resuming after epoch {done} of {config['epochs']}, in {config['precision']}")
-    else:
-        print(f"{path} is finished: nothing to train")
+    print(f"resuming after epoch {len(log['epochs'])} of {log['config']['epochs']}")
 
 
 def save(path, log, model, optimizer):
@@ -477,5 +474,4 @@ def simplify(node):
 SOURCES = read_sources(Path(__file__))  # now: a later edit belongs to the next run
 
 if __name__ == "__main__":
-    hint = "interrupted: saved epochs are kept; --resume continues"
-    ood_utils.run_command(train_model, Config, hint)
+    ood_utils.run_command(train_model, Config, "interrupted: --resume continues")

@@ -29,7 +29,7 @@ def test_resume_is_exact_and_appends(in_tiny_run, capsys):
     assert files.keys() == {".resume.pth.tmp", ".json", ".pth"}
 
     model = train_quietly("pets", "cut.pth", resume=True)
-    assert "cut.pth is finished" in capsys.readouterr().out and files_of("cut") == files
+    assert "resuming after epoch 4 of 4" in capsys.readouterr().out and files_of("cut") == files
     state = torch.load("cut.pth", weights_only=True)
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
     train_quietly(Path("pets"), "other.pth", seed=np.int64(1), resume=True)  # nothing to continue
