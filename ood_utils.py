@@ -1,7 +1,7 @@
 """From a network's logits to OOD scores, and from scores to AUROC, AUPR and FPR95. Below: what
 train.py and test.py share to check settings and write files.
 
-Every score: **higher means more in-distribution**. Metrics are fractions, printed in percent.
+A **higher score means more in-distribution**. Metrics are fractions, printed in percent.
 """
 
 import contextlib
