@@ -90,9 +90,15 @@ def get_logits(model, dataloader):
     without a batch, or for images that are not normalised, with MEAN and STD of ood_data.py."""
     parameter = next(model.parameters())
     normalised = getattr(dataloader, "normalises", False)
+    operators = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
+    operators += [torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul]
     logits, labels = [], []
     model.eval()
-    with full_precision(parameter.device):
+    # Full float32, without autocast, TF32 or bfloat16: they shift scores.
+    with torch.autocast(parameter.device.type, enabled=False), contextlib.ExitStack() as restored:
+        for operator in operators:
+            restored.callback(setattr, operator, "fp32_precision", operator.fp32_precision)
+            operator.fp32_precision = "ieee"
         for images, targets, *_ in tqdm(dataloader, "scoring", delay=1, leave=False, disable=None):
             if not normalised:  # they lie within -2.5 and 3, others in [0, 255] or about [0, 1]
                 normalised = bool(images.amin() < -0.5 or 1.3 < images.amax() < 3)
@@ -102,18 +108,6 @@ def get_logits(model, dataloader):
     if not normalised:
         raise InputError("No batch, or images that are not normalised: see ood_data.normalise.")
     return torch.cat(logits), torch.cat(labels)
-
-
-@contextlib.contextmanager
-def full_precision(device):
-    """Full float32, without autocast, TF32 or bfloat16: they shift scores."""
-    operators = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
-    operators += [torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul]
-    with torch.autocast(device.type, enabled=False), contextlib.ExitStack() as restored:
-        for operator in operators:
-            restored.callback(setattr, operator, "fp32_precision", operator.fp32_precision)
-            operator.fp32_precision = "ieee"
-        yield
 
 
 def get_features(model, dataloader):
