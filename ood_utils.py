@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 RECALL_LEVEL = 0.95  # FPR95: the true positive rate at which the false positive rate is read
 PERFORMANCE_LINE = "AUROC: {:.4f}, AUPR: {:.4f}, FPR95: {:.4f}"  # as published, in percent
-RUN_FILES = (".val.ood.npz", ".val.ood.json", ".ood.npz", ".ood.json", ".json")  # of X.pth
+RUN_FILES = (".val.ood.npz", ".val.ood.json", ".ood.npz", ".ood.json", ".json")
 RUN_FILES += (".pth", ".resume.pth")  # moved last: after a kill, the rest still has a free name
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
-Name = Annotated[str, BeforeValidator(lambda name: str(name) if isinstance(name, Path) else name)]
+Name = Annotated[str, BeforeValidator(str)]  # also of a Path
 UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 
 # What file systems without locks or fsync answer: NFS, CIFS, FUSE.
@@ -270,8 +270,7 @@ def describe(device):
 
 
 def run_command(entry, config_class, if_interrupted="interrupted"):
-    """Call entry(config) with the settings of the command line and return its result. Errors
-    that the user can fix end in one line and status 2, an interruption in status 130."""
+    """Return entry(settings). InputError and OSError end in a line and status 2, Ctrl-C in 130."""
     try:
         return entry(tyro.cli(config_class))
     except BrokenPipeError:  # python test.py | head

@@ -50,7 +50,7 @@ class Config:
 
     dataset: Annotated[Name, arg(help=ood_data.CLOSED_SET_NAMES)] = "cifar100"
     data_root: UserPath = ood_data.DATA_ROOT  # where torchvision's data sets are
-    validation: Natural = 0  # training images to hold out and measure accuracy on, instead of test
+    validation: Natural = 0  # training images to hold out, and to test on instead
     checkpoint: UserPath | None = None  # by default <dataset>_resnet18[_seed<N>].pth
     epochs: Positive = 100  # passes over the training images
     batch_size: Positive = 128  # images per step
@@ -97,7 +97,7 @@ def get_transform(train=True):
 def get_loader(train=True, dataset=Config.dataset, augment=True, validation=0, **options):
     """Return an ImageLoader over a closed set; its `classes` are the class names. Training images
     are shuffled and augmented anew in each epoch unless augment=False. train=False: test images, or
-    with validation=n the n held out of training. options: data_root; those of ImageLoader."""
+    with validation=n the n held out of training. options: data_root, batch_size, seed, device."""
     data_root = options.pop("data_root", Config.data_root)
     data = ood_data.read_closed_set(dataset, data_root, train, validation)
     augment = train and augment
