@@ -21,7 +21,6 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
 from importlib.util import decode_source
 from pathlib import Path
 from typing import Annotated, Literal
@@ -269,12 +268,10 @@ def run_epoch(epoch, model, optimizer, loaders, config):
     accuracy = (logits.argmax(1) == labels).double().mean().item()
     split = "validation" if config.validation else "test"
     lr, seconds = config.lr * factor, time.perf_counter() - start
-    left = timedelta(seconds=round(seconds * (config.epochs - epoch - 1)))
-    print(
-        f"epoch {epoch + 1:3d}/{config.epochs}  loss {loss:.4f}  {split} accuracy "
-        f"{accuracy:.2%}  lr {lr:g}  {seconds:.1f} s  {speed:.0f} images/s  {left} left",
-        flush=True,
-    )
+    left = tqdm.format_interval(seconds * (config.epochs - epoch - 1))
+    results = f"loss {loss:.4f}  {split} accuracy {accuracy:.2%}  lr {lr:g}"
+    times = f"{seconds:.1f} s  {speed:.0f} images/s  {left} left"
+    print(f"epoch {epoch + 1:3d}/{config.epochs}  {results}  {times}", flush=True)
     figures = {"epoch": epoch + 1, "loss": loss, f"{split}_accuracy": accuracy}
     return figures | {"lr": lr, "seconds": seconds}
 
@@ -375,7 +372,7 @@ def start_log(config, device, loaders):
     asked = to_jsonable_python(config)
     if config.dataset not in ood_data.CLOSED_SETS:
         asked["dataset"] = str(Path(config.dataset).expanduser().resolve())
-    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     log = {"date": started, "command": shlex.join(sys.argv), "config": asked}
     train_loader, test_loader = loaders
     content = {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
