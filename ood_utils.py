@@ -21,13 +21,13 @@ from filelock import FileLock, Timeout
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 from tqdm import tqdm
 
-RECALL_LEVEL = 0.95  # FPR95: the true positive rate at which the false positive rate is read
 PERFORMANCE_LINE = "AUROC: {:.4f}, AUPR: {:.4f}, FPR95: {:.4f}"  # as published, in percent
 RUN_FILES = (".val.ood.npz", ".val.ood.json", ".ood.npz", ".ood.json", ".json")
 RUN_FILES += (".pth", ".resume.pth")  # moved last: after a kill, the rest still has a free name
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, BeforeValidator(str)]  # also of a Path
 UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 
@@ -142,7 +142,7 @@ def as_scores(scores):
 
 def get_threshold(scores):
     """The score at or above which 95% of the scores (N,) of the closed set lie."""
-    return float(-np.quantile(-as_scores(scores), RECALL_LEVEL, method="inverted_cdf"))
+    return float(-np.quantile(-as_scores(scores), 0.95, method="inverted_cdf"))
 
 
 def get_performance(pos, neg):

@@ -27,7 +27,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 from pydantic_core import to_jsonable_python
 from torch import nn
 from torch.nn import functional as F
@@ -38,9 +38,7 @@ from tyro.conf import arg
 import ood_data
 import ood_utils
 from ood_data import ImageLoader, memory_format, normalise, to_input
-from ood_utils import InputError, Name, Natural, Positive, UserPath
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from ood_utils import Fraction, InputError, Name, Natural, Positive, UserPath
 
 
 @dataclass
