@@ -1,8 +1,7 @@
 """From a network's logits to OOD scores, and from scores to AUROC, AUPR and FPR95. Below: what
 train.py and test.py share to check settings and write files.
 
-Every score points the same way: **higher means more in-distribution**. Metrics are
-fractions; what is printed is percent.
+A **higher score means more in-distribution**. Metrics are fractions, printed in percent.
 """
 
 import contextlib
@@ -20,15 +19,16 @@ import torch
 import tyro
 from filelock import FileLock, Timeout
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
-from torch import nn
 from tqdm import tqdm
 
-RECALL_LEVEL = 0.95  # FPR95: the true positive rate at which the false positive rate is read
 PERFORMANCE_LINE = "AUROC: {:.4f}, AUPR: {:.4f}, FPR95: {:.4f}"  # as published, in percent
+RUN_FILES = (".val.ood.npz", ".val.ood.json", ".ood.npz", ".ood.json", ".json")
+RUN_FILES += (".pth", ".resume.pth")  # moved last: after a kill, the rest still has a free name
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
-Name = Annotated[str, BeforeValidator(lambda name: str(name) if isinstance(name, Path) else name)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, BeforeValidator(str)]  # also of a Path
 UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 
 # What file systems without locks or fsync answer: NFS, CIFS, FUSE.
@@ -71,9 +71,8 @@ SCORES = {"msp": msp, "max_logit": max_logit, "energy": energy, "entropy": entro
 
 def get_ood_scores(model, dataloader, closed_set=False, score=msp):
     """Score every image, float64 (N,): higher means more in-distribution. score: a function of
-    logits float64 (N, classes); in float32 a softmax is exactly 1.0 from a logit margin of
-    about 21 on, which creates ties. With closed_set=True return (scores, right, wrong): of all,
-    of correctly classified and of misclassified images."""
+    logits float64 (N, classes); a float32 softmax has ties, at 1.0 from a logit margin of 21 on.
+    With closed_set=True return (scores, right, wrong): of all, of correct, of wrong predictions."""
     logits, labels = get_logits(model, dataloader)
     scores = score(logits.double()).numpy()
     if not closed_set:
@@ -91,9 +90,15 @@ def get_logits(model, dataloader):
     without a batch, or for images that are not normalised, with MEAN and STD of ood_data.py."""
     parameter = next(model.parameters())
     normalised = getattr(dataloader, "normalises", False)
+    operators = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
+    operators += [torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul]
     logits, labels = [], []
     model.eval()
-    with full_precision(parameter.device):
+    # Full float32, without autocast, TF32 or bfloat16: they shift scores.
+    with torch.autocast(parameter.device.type, enabled=False), contextlib.ExitStack() as restored:
+        for operator in operators:
+            restored.callback(setattr, operator, "fp32_precision", operator.fp32_precision)
+            operator.fp32_precision = "ieee"
         for images, targets, *_ in tqdm(dataloader, "scoring", delay=1, leave=False, disable=None):
             if not normalised:  # they lie within -2.5 and 3, others in [0, 255] or about [0, 1]
                 normalised = bool(images.amin() < -0.5 or 1.3 < images.amax() < 3)
@@ -103,18 +108,6 @@ def get_logits(model, dataloader):
     if not normalised:
         raise InputError("No batch, or images that are not normalised: see ood_data.normalise.")
     return torch.cat(logits), torch.cat(labels)
-
-
-@contextlib.contextmanager
-def full_precision(device):
-    """Full float32, without autocast, TF32 or bfloat16: they shift scores."""
-    operators = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
-    operators += [torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul]
-    with torch.autocast(device.type, enabled=False), contextlib.ExitStack() as restored:
-        for operator in operators:
-            restored.callback(setattr, operator, "fp32_precision", operator.fp32_precision)
-            operator.fp32_precision = "ieee"
-        yield
 
 
 def get_features(model, dataloader):
@@ -128,7 +121,7 @@ def get_features(model, dataloader):
 
 def last_layer(model):
     """The last nn.Linear of a network, which turns features into logits."""
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     if not layers:
         raise InputError("The network needs an nn.Linear that gives the logits.")
     return layers[-1]
@@ -149,15 +142,14 @@ def as_scores(scores):
 
 def get_threshold(scores):
     """The score at or above which 95% of the scores (N,) of the closed set lie."""
-    return float(-np.quantile(-as_scores(scores), RECALL_LEVEL, method="inverted_cdf"))
+    return float(-np.quantile(-as_scores(scores), 0.95, method="inverted_cdf"))
 
 
 def get_performance(pos, neg):
-    """Return (AUROC, AUPR, FPR95), fractions, for scores (N,) and (M,) of two classes. Higher
-    must mean positive. With OOD as the positive class: get_performance(-ood, -closed). AUPR is
-    average precision, whose chance level is N / (N + M). FPR95 is the false positive rate at
-    the first threshold whose true positive rate is at least 0.95, no interpolation. Raises
-    InputError, a ValueError, for no scores, or some not finite."""
+    """Return (AUROC, AUPR, FPR95), fractions, for scores (N,) and (M,). Higher must mean positive;
+    with OOD as the positive class: get_performance(-ood, -closed). AUPR is average precision, by
+    chance N / (N + M). FPR95 is the false positive rate at the first true positive rate >= 0.95,
+    no interpolation. Raises InputError, a ValueError, for no scores or some not finite."""
     from sklearn.metrics import average_precision_score, roc_auc_score  # slow to import
 
     pos, neg = as_scores(pos), as_scores(neg)
@@ -199,25 +191,21 @@ def check(config):
         raise InputError(f"--{flag} {first['input']}: {first['msg']}.") from error
 
 
-@contextlib.contextmanager
 def lock(path, if_held=None):
-    """Hold a lock file; if another process holds it, wait, or raise InputError(if_held)."""
+    """Lock a file in a with block; if another process has it, wait or raise InputError(if_held)."""
     held = FileLock(path)
     try:
-        held.acquire(blocking=False)
+        return held.acquire(blocking=False)
     except Timeout as error:
         if if_held:
             raise InputError(if_held) from error
         print(f"waiting for the process that holds {path}", file=sys.stderr)
-        held.acquire()
+        return held.acquire()
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in NO_SUPPORT:
             raise
         print(f"note: no lock on {path} ({error}): start one run at a time", file=sys.stderr)
-    try:
-        yield
-    finally:
-        held.release()
+        return contextlib.nullcontext()
 
 
 def write_file(path, content):
@@ -237,10 +225,6 @@ def write_file(path, content):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-RUN_FILES = (".val.ood.npz", ".val.ood.json", ".ood.npz", ".ood.json", ".json")
-RUN_FILES += (".pth", ".resume.pth")  # moved last: after a kill, the rest still has a free name
 
 
 def set_aside(path, endings=RUN_FILES):
@@ -286,8 +270,7 @@ def describe(device):
 
 
 def run_command(entry, config_class, if_interrupted="interrupted"):
-    """Call entry(config) with the settings of the command line and return its result. Errors
-    that the user can fix end in one line and status 2, an interruption in status 130."""
+    """Return entry(settings). InputError and OSError end in a line and status 2, Ctrl-C in 130."""
     try:
         return entry(tyro.cli(config_class))
     except BrokenPipeError:  # python test.py | head

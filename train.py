@@ -16,20 +16,18 @@ import hashlib
 import io
 import json
 import math
-import os
 import random
 import shlex
 import sys
 import time
-import tokenize
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from importlib.util import decode_source
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 from pydantic_core import to_jsonable_python
 from torch import nn
 from torch.nn import functional as F
@@ -40,9 +38,7 @@ from tyro.conf import arg
 import ood_data
 import ood_utils
 from ood_data import ImageLoader, memory_format, normalise, to_input
-from ood_utils import InputError, Name, Natural, Positive, UserPath
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from ood_utils import Fraction, InputError, Name, Natural, Positive, UserPath
 
 
 @dataclass
@@ -51,7 +47,7 @@ class Config:
 
     dataset: Annotated[Name, arg(help=ood_data.CLOSED_SET_NAMES)] = "cifar100"
     data_root: UserPath = ood_data.DATA_ROOT  # where torchvision's data sets are
-    validation: Natural = 0  # training images to hold out and measure accuracy on, instead of test
+    validation: Natural = 0  # training images to hold out, and to test on instead
     checkpoint: UserPath | None = None  # by default <dataset>_resnet18[_seed<N>].pth
     epochs: Positive = 100  # passes over the training images
     batch_size: Positive = 128  # images per step
@@ -76,8 +72,7 @@ SAVE_SECONDS = 10  # at least, between saves: one may take longer than an epoch
 # Data -----------------------------------------------------------------------------------
 def augment_batch(images, generator):
     """Pad a batch with black, crop at random, flip with p = 0.5: uint8 (N, 3, 32, 32) -> the same.
-    Draw for each image, from the generator: it is seeded by (seed, epoch, batch), which keeps a
-    resumed run exact."""
+    Draw from the generator: its seed is (seed, epoch, batch), which keeps a resumed run exact."""
     count, _, _, size = images.shape
     draw = {"generator": generator, "device": images.device}
     row, column = torch.randint(9, (2, count), **draw)
@@ -97,10 +92,9 @@ def get_transform(train=True):
 
 
 def get_loader(train=True, dataset=Config.dataset, augment=True, validation=0, **options):
-    """Return an ImageLoader over a split of a closed set; its `classes` are the class names.
-    Training images are shuffled and augmented anew in each epoch unless augment=False. With
-    validation=n, n of them are held out, and train=False gives these, not the test images.
-    options: data_root; batch_size, seed and device of ImageLoader."""
+    """Return an ImageLoader over a closed set; its `classes` are the class names. Training images
+    are shuffled and augmented anew in each epoch unless augment=False. train=False: test images, or
+    with validation=n the n held out of training. options: data_root, batch_size, seed, device."""
     data_root = options.pop("data_root", Config.data_root)
     data = ood_data.read_closed_set(dataset, data_root, train, validation)
     augment = train and augment
@@ -110,6 +104,12 @@ def get_loader(train=True, dataset=Config.dataset, augment=True, validation=0, *
 
 
 # Network --------------------------------------------------------------------------------
+# Convolutions of 2x2 or 1x1 maps: the rows, and columns, of their kernels that meet a pixel.
+SMALL_MAPS = dict.fromkeys(("layer3.0.conv2", "layer3.1.conv1", "layer3.1.conv2"), slice(0, 3))
+SMALL_MAPS |= {"layer4.0.conv1": slice(1, 3), "layer4.0.conv2": slice(1, 2)}
+SMALL_MAPS |= {"layer4.1.conv1": slice(1, 2), "layer4.1.conv2": slice(1, 2)}
+
+
 def build_network(num_classes=100, stem=Config.stem):
     """Return a network: images float32 (N, 3, 32, 32) -> logits (N, num_classes). stem:
     torchvision's for photographs, or a 3x3 one for small images. Return another network here, such
@@ -125,17 +125,10 @@ def build_network(num_classes=100, stem=Config.stem):
     return model
 
 
-# The rows, and columns, of 3x3 kernels that ever meet a pixel: with the stem for photographs,
-# these convolutions get maps of 2x2 or 1x1 pixels.
-SMALL_MAPS = dict.fromkeys(("layer3.0.conv2", "layer3.1.conv1", "layer3.1.conv2"), slice(0, 3))
-SMALL_MAPS |= {"layer4.0.conv1": slice(1, 3), "layer4.0.conv2": slice(1, 2)}
-SMALL_MAPS |= {"layer4.1.conv1": slice(1, 2), "layer4.1.conv2": slice(1, 2)}
-
-
 class SmallMapConv(nn.Module):
-    """A 3x3 convolution of maps of 2x2 or 1x1, with padding 1, as one matrix product. Kernel
-    weights that only ever see padding change no output and get no gradient: they are left out,
-    and are zeros in the state dict. On a CPU, training is 1.4 times as fast."""
+    """A 3x3 convolution of 2x2 or 1x1 maps, with padding 1, as one matrix product: on a CPU,
+    training is 1.4 times as fast. Kernel weights that only ever see padding change no output:
+    they are left out, and are zeros in the state dict."""
 
     def __init__(self, conv, live):
         super().__init__()
@@ -173,13 +166,12 @@ def load_network(path, run=None):
     for prefix in ("module.", "_orig_mod.", "module."):  # DataParallel, torch.compile
         known = {name: name if name in expected else name.removeprefix(prefix) for name in state}
         state = {known[name]: value for name, value in state.items()}
+    first = state.get("conv1.weight", torch.empty(0))
+    stem = "cifar" if first.shape[2:] == (3, 3) else "imagenet"
+    heads = [len(value) for value in state.values() if value.ndim == 2]  # of Linear layers
+    count = heads[-1] if heads else 1
     if run["log"]:
         stem, count = run["log"]["config"]["stem"], len(run["log"]["classes"])
-    else:
-        first = state.get("conv1.weight", torch.empty(0))
-        stem = "cifar" if first.shape[2:] == (3, 3) else "imagenet"
-        heads = [len(value) for value in state.values() if value.ndim == 2]  # of Linear layers
-        count = heads[-1] if heads else 1
     model = build_network(count, stem).float()
     try:
         model.load_state_dict(state)
@@ -275,12 +267,10 @@ def run_epoch(epoch, model, optimizer, loaders, config):
     accuracy = (logits.argmax(1) == labels).double().mean().item()
     split = "validation" if config.validation else "test"
     lr, seconds = config.lr * factor, time.perf_counter() - start
-    left = timedelta(seconds=round(seconds * (config.epochs - epoch - 1)))
-    print(
-        f"epoch {epoch + 1:3d}/{config.epochs}  loss {loss:.4f}  {split} accuracy "
-        f"{accuracy:.2%}  lr {lr:g}  {seconds:.1f} s  {speed:.0f} images/s  {left} left",
-        flush=True,
-    )
+    left = tqdm.format_interval(seconds * (config.epochs - epoch - 1))
+    results = f"loss {loss:.4f}  {split} accuracy {accuracy:.2%}  lr {lr:g}"
+    times = f"{seconds:.1f} s  {speed:.0f} images/s  {left} left"
+    print(f"epoch {epoch + 1:3d}/{config.epochs}  {results}  {times}", flush=True)
     figures = {"epoch": epoch + 1, "loss": loss, f"{split}_accuracy": accuracy}
     return figures | {"lr": lr, "seconds": seconds}
 
@@ -331,11 +321,10 @@ def train_model(config=None):
 
 def native_precision(device):
     """bfloat16 where the device has it, else float32; on CUDA with TF32 convolutions."""
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    native = able.get("avx512_bf16") or able.get("bf16")  # x86, ARM
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        native = able.get("avx512_bf16") or able.get("bf16")  # x86, ARM
     return "bfloat16" if native else "float32"
 
 
@@ -343,7 +332,7 @@ def native_precision(device):
 def checkpoint_path(config):
     """The given path, or <dataset>_resnet18.pth, with the seed in its name unless it is 0."""
     suffix = f"_seed{config.seed}" if config.seed else ""
-    name = os.path.basename(os.path.realpath(config.dataset))
+    name = Path(config.dataset).absolute().name
     path = Path(config.checkpoint or f"{name}_resnet18{suffix}.pth")
     if path.suffix != ".pth" or path.stem.endswith((".resume", ".ood")) or path.is_dir():
         raise InputError(f"{path} cannot be a checkpoint: its name must end in .pth.")
@@ -382,24 +371,25 @@ def start_log(config, device, loaders):
     asked = to_jsonable_python(config)
     if config.dataset not in ood_data.CLOSED_SETS:
         asked["dataset"] = str(Path(config.dataset).expanduser().resolve())
-    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     log = {"date": started, "command": shlex.join(sys.argv), "config": asked}
     train_loader, test_loader = loaders
-    content = {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
-    content |= {"classes": train_loader.classes, "code": digest_code(SOURCES)}
+    content = {"classes": train_loader.classes, "code": digest_code(SOURCES)}
     inputs = ood_data.to_input(train_loader.images[:1000].cpu())
     content["data"] = ood_utils.digest(train_loader.images, train_loader.labels, inputs)
     free = ("data_root", "checkpoint", "device", "resume")
-    log["settings"] = {name: asked[name] for name in asked if name not in free} | content
-    log["settings"]["dataset"] = ood_data.path_name(asked["dataset"])  # a folder may move
-    log |= content | {"images": len(train_loader.images), "sources": SOURCES, "epochs": []}
+    settings = {name: asked[name] for name in asked if name not in free} | content
+    settings["dataset"] = ood_data.path_name(asked["dataset"])  # a folder may move
+    settings |= {"mean": list(ood_data.MEAN), "std": list(ood_data.STD)}
+    log |= content | {"settings": settings}
+    log |= {"images": len(train_loader.images), "sources": SOURCES, "epochs": []}
     log["tested_on"] = ood_utils.digest(test_loader.images, test_loader.labels)
     return log | ood_utils.describe(device)
 
 
 def resume(path, run, log, model, optimizer):
     """Load a run into log, model and optimizer, or raise InputError if it is another one."""
-    old, new = run["log"].get("settings", {}), log["settings"]
+    old, new = run["log"]["settings"], log["settings"]
     changed = [name for name in old | new if old.get(name) != new.get(name)]
     if changed:
         texts = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}"[:99] for name in changed)
@@ -410,8 +400,7 @@ def resume(path, run, log, model, optimizer):
         log["device"] = f"{run['log']['device']}, then {log['device']}"
     if "optimizer" in run:
         optimizer.load_state_dict(run["optimizer"])
-        done, config = len(log["epochs"]), log["config"]
-        print(f"resuming after epoch {done} of {config['epochs']}, in {config['precision']}")
+        print(f"resuming after epoch {len(log['epochs'])} of {log['config']['epochs']}")
     else:
         print(f"{path} is finished: nothing to train")
 
@@ -439,8 +428,7 @@ def read_sources(script):
     sources, files, seen = {}, [script], {script.stem}
     for file in filter(Path.is_file, files):  # which grows
         try:
-            with tokenize.open(file) as source:
-                text = source.read()
+            text = decode_source(file.read_bytes())
             tree = ast.parse(text)
         except SyntaxError:  # in a file of a package that is not imported
             continue
@@ -458,9 +446,8 @@ def read_sources(script):
 
 
 def digest_code(sources):
-    """8 hex digits of {name: text}: runs of equal digest are of one setting, and --resume
-    refuses another one. Comments, docstrings and the values of Config do not count, nor do
-    ood_data.py and ood_utils.py: an OOD set or score may be added between two seeds."""
+    """8 hex digits of {name: text}. Comments, docstrings and the values of Config do not count, nor
+    do ood_data.py and ood_utils.py: an OOD set or score may be added between two seeds."""
     digest = hashlib.sha256()
     for name in sorted(sources.keys() - {"ood_data.py", "ood_utils.py"}):
         tree = ast.parse(sources[name])
@@ -486,5 +473,4 @@ def simplify(node):
 SOURCES = read_sources(Path(__file__))  # now: a later edit belongs to the next run
 
 if __name__ == "__main__":
-    hint = "interrupted: saved epochs are kept; --resume continues"
-    ood_utils.run_command(train_model, Config, hint)
+    ood_utils.run_command(train_model, Config, "interrupted: --resume continues")

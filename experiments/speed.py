@@ -125,7 +125,7 @@ def compare(config):
         "ours, float32, torchvision's network": Ours(*data, resnet18(num_classes=100), "float32"),
         "ours, float32": ours,
     }
-    if train.pick_precision("auto", device) == "bfloat16":
+    if train.native_precision(device) == "bfloat16":
         training["ours, bfloat16"] = Ours(*data, train.build_network(), "bfloat16")
     for side in training.values():
         side.train()  # starts workers, chooses kernels
