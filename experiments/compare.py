@@ -46,12 +46,16 @@ def main(config):
     if not files:
         fail("Pass the .ood.json files of runs.")
     runs = [read(file, config) for file in files]
-    check_contents(runs)
+    digests = pd.DataFrame({run["file"]: run["digests"] for run in runs})
+    for name, of_files in digests.iterrows():
+        differ = of_files.dropna().drop_duplicates().index  # the published figures have none
+        if len(differ) > 1:
+            fail(f"{differ[0]} and {differ[1]} differ in the content of {name}.")
     runs = drop_copies(runs)
     groups = group(runs)
     for members in groups.values():
         print_group(members, config.score)
-    drawn = draw(groups, config)
+    drawn = draw(runs, groups, config)
     for name, [run, *_] in groups.items():
         lines = diff_codes(runs[0], run)
         if len(lines) > DIFF_LINES:
@@ -89,26 +93,13 @@ def read(file, config):
         run |= {"file": str(file), "table": rows, "log": log, "digests": digests}
         run |= {"setting": setting, "seed": str(setting.pop("seed", file))}
         run["weights"] = run["checkpoint"]["weights"]
-    except OSError as error:
-        fail(error)
-    except (ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         fail(f"{file} is no .ood.json file of this test.py: {str(error)[:80]}")
     if config.score not in rows.index:
         fail(f"{file} has no score {config.score}: use {', '.join(rows.index.unique('score'))}.")
     if config.ignore_code:
         setting.pop("code", None)
     return run
-
-
-def check_contents(runs):
-    """End where two files have other images, or another score, under one name."""
-    seen = {}
-    for run in runs:
-        for name, digest in run["digests"].items():
-            if digest:  # the published figures have none
-                file, other = seen.setdefault(name, (run["file"], digest))
-                if digest != other:
-                    fail(f"{file} and {run['file']} differ in the content of {name}.")
 
 
 def drop_copies(runs):
@@ -129,9 +120,8 @@ def drop_copies(runs):
 def group(runs):
     """{name: runs} of runs that differ in nothing but their seed. A name is the common start of
     their files' names; a run's "title" adds every setting in which runs differ."""
-    logged = [run["setting"] for run in runs if run["training"]]
-    settings = dict.fromkeys(name for setting in logged for name in setting)
-    differ = [name for name in settings if any(k.get(name) != logged[0].get(name) for k in logged)]
+    settings = pd.DataFrame([run["setting"] for run in runs if run["training"]]).map(repr)
+    differ = settings.columns[settings.nunique() > 1]
     groups = {}
     for base in runs:
         members = [run for run in runs if run["setting"] == base["setting"]]
@@ -161,11 +151,11 @@ def describe(name, run, base):
 
 def diff_codes(base, run):
     """The lines of a unified diff of two runs' codes; none where they are equal, or one unknown."""
-    if run["log"].get("code") == base["log"].get("code"):
+    old, new = (one["log"].get("sources") for one in (base, run))
+    if not old or not new or run["log"]["code"] == base["log"]["code"]:
         return []
-    old, new = (one["log"].get("sources") or {} for one in (base, run))
     lines = []
-    for name in sorted({*old, *new} - {"ood_data.py", "ood_utils.py"}) if old and new else ():
+    for name in sorted({*old, *new} - {"ood_data.py", "ood_utils.py"}):
         texts = old.get(name, "").splitlines(), new.get(name, "").splitlines()
         lines += difflib.unified_diff(*texts, name, name, lineterm="", n=1)
     return lines
@@ -187,8 +177,7 @@ def print_table(table, title):
     table[title] = table[title].str.replace("|", "\\|")
     table.columns = table.columns.str.replace("|", "\\|")
     align = ["left", *["right"] * (table.shape[1] - 1)]
-    print(table.to_markdown(index=False, tablefmt="pipe", colalign=align, disable_numparse=True))
-    print()
+    print(table.to_markdown(index=False, colalign=align, disable_numparse=True), end="\n\n")
 
 
 def get_figures(runs, score, metric="auroc"):
@@ -280,29 +269,29 @@ def holm(p_values, level=0.05):
 
 
 # Picture --------------------------------------------------------------------------------
-def draw(groups, config):
+def draw(runs, groups, config):
     """Draw for each set a line of dots per group, one dot a run, and accuracies by epoch."""
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-        tables = [run["table"].loc[config.score] for runs in groups.values() for run in runs]
-        sets = list(dict.fromkeys(name for table in tables for name in table.index))
+        columns = {run["file"]: run["table"].loc[config.score]["auroc"] for run in runs}
+        aurocs = pd.concat(columns, axis=1)
+        sets = [name.replace("$", r"\$")[:25] for name in aurocs.index]  # no TeX
         height = 0.3 * len(sets) * max(1, len(groups) / 5)  # inches
         figure = Figure((7.5, height + 2.5 + 0.2 * len(groups)), dpi=130, layout="constrained")
         dots, accuracies = figure.subplots(2, 1, height_ratios=(height + 0.5, 1.6))
         dots.axvline(50, color="0.8")
-        for line, runs in enumerate(groups.values()):
+        for line, members in enumerate(groups.values()):
             colour = f"C{line}" if len(groups) <= 10 else colormaps["turbo"](line / len(groups))
             heights = np.arange(len(sets)) + 0.6 * line / len(groups)
-            title = runs[0]["title"].replace("$", r"\$")[:100]  # no TeX
-            for run in runs:
-                aurocs = run["table"].loc[config.score]["auroc"].reindex(sets)
-                label = title if run is runs[0] else None
-                dots.plot(aurocs, heights, "o", color=colour, alpha=0.7, label=label)
+            title = members[0]["title"].replace("$", r"\$")[:100]
+            for run in members:
+                label = title if run is members[0] else None
+                dots.plot(aurocs[run["file"]], heights, "o", color=colour, alpha=0.7, label=label)
                 accuracy = 100 * pd.DataFrame(run["log"]["epochs"]).filter(like="accuracy")
                 accuracies.plot(accuracy.index + 1, accuracy, color=colour, lw=1)
-        dots.set_yticks(range(len(sets)), [name.replace("$", r"\$")[:25] for name in sets])
+        dots.set_yticks(range(len(sets)), sets)
         dots.invert_yaxis()
         dots.set_xlabel("AUROC of each run; grey: chance")
         accuracies.set(xlabel="epoch", ylabel="accuracy, %")
