@@ -3,20 +3,18 @@
 The closed set is the in-distribution one, whose classes a network is trained on. Image sets are
 uint8 (N, 3, 32, 32); the loader normalises them. Noises are float32 and enter the network as they
 are: in its input space -1 is about pixel 70 and +1 about 172. outlier-exposure, whose idea they are
-(github.com/hendrycks), normalises differently (57 and 185), so its noise sets differ from these.
-
-To add an OOD set, write its function and a line in NOISES or OOD_IMAGES.
+(github.com/hendrycks), normalises differently (57 and 185), so its noise sets differ from these. To
+add an OOD set, write its function and a line in NOISES or OOD_IMAGES.
 """
 
 import contextlib
 import functools
-import math
 import os
 import sys
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
@@ -27,8 +25,7 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.contrib.concurrent import thread_map
 
-import ood_utils
-from ood_utils import InputError
+from ood_utils import InputError, lock
 
 DATA_ROOT = Path("~/data")  # where torchvision's data sets are, or are downloaded to
 NOISE_SEED = 0
@@ -54,8 +51,7 @@ def rademacher(rng, count):
 
 
 def blob(rng, count):
-    """Bernoulli(0.7) values, blurred with sigma 1.5 over rows, columns and channels. Values
-    below 0.75 then become 0; x * 2 - 1."""
+    """Bernoulli(0.7) values, blurred with sigma 1.5 over rows, columns and channels."""
     from skimage.filters import gaussian as blur
 
     values = rng.binomial(1, 0.7, (count, 32, 32, 3)).astype(np.float32)
@@ -79,12 +75,11 @@ def read_digits(root, train):
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
-    numbers = np.arange(len(digits.target))
-    parts = train_test_split(numbers, test_size=0.2, stratify=digits.target, random_state=0)
-    chosen = parts[0 if train else 1]
-    images = torch.from_numpy(digits.images[chosen] / 16 * 255).round().to(torch.uint8)
-    return grey_to_rgb(images), digits.target[chosen], list("0123456789")
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
+    images, labels = parts[0::2] if train else parts[1::2]
+    images = torch.from_numpy(images / 16 * 255).round().to(torch.uint8)
+    return grey_to_rgb(images.view(-1, 8, 8)), labels, list("0123456789")
 
 
 CLOSED_SETS = {
@@ -170,10 +165,9 @@ OOD_SET_NAMES = f"{', '.join([*NOISES, *OOD_IMAGES])}, or a folder of images"
 
 def build_ood_loader(noise_type, ood_num_examples, seed=NOISE_SEED, data_root=DATA_ROOT, **options):
     """Return an ImageLoader over the first images of an OOD set, or all if there are fewer.
-    noise_type: in NOISES or OOD_IMAGES, or a folder of images, which are taken in a fixed order.
-    Batches are float32 (B, 3, 32, 32), as the network takes them, with labels -1. A noise is a
-    function of (seed, name) only. options: batch_size and device of ImageLoader. Raises InputError,
-    and OSError for an unavailable set."""
+    noise_type: in NOISES or OOD_IMAGES, or a folder of images, taken in a fixed order. Batches are
+    float32 (B, 3, 32, 32), as the network takes them, with labels -1. A noise is a function of
+    (seed, name). options: batch_size, device. Raises InputError, OSError for an unavailable set."""
     name, count = str(noise_type), ood_num_examples
     folder = Path(os.path.expanduser(name))
     if min(count, options.get("batch_size", 1)) < 1:
@@ -249,14 +243,13 @@ class ImageLoader:
         self.epoch = 0  # incremented by each iteration
 
     def __len__(self):
-        return math.ceil(len(self.images) / self.batch_size)
+        return int(np.ceil(len(self.images) / self.batch_size))
 
     def __iter__(self):
-        device, epoch = self.images.device, self.epoch
+        device, epoch, count = self.images.device, self.epoch, len(self.images)
         self.epoch += 1
-        order = np.arange(len(self.images))
-        if self.shuffle:
-            np.random.default_rng((self.seed, epoch)).shuffle(order)
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(count) if self.shuffle else np.arange(count)
         batches = torch.from_numpy(order).to(device).split(self.batch_size)
         for number, batch in enumerate(batches):
             generator = torch.Generator(device).manual_seed(mix_seed(self.seed, epoch, number))
@@ -273,8 +266,7 @@ def check_images(images, name, dtype=torch.uint8):
 # Files and downloads --------------------------------------------------------------------
 def path_name(path):
     """The last part of a path of any system; a Mac decomposes accented letters, others do not."""
-    name = os.path.basename(str(path).replace("\\", "/").rstrip("/"))
-    return unicodedata.normalize("NFC", name)
+    return unicodedata.normalize("NFC", PureWindowsPath(path).name)  # takes / and \
 
 
 def is_shown(path):
@@ -348,7 +340,7 @@ def fetch(dataset, root, **split):
     with contextlib.suppress(RuntimeError):  # missing, or a download was interrupted
         return dataset(root, **split)
     try:
-        with ood_utils.lock(root / f".{name}.lock"), contextlib.redirect_stdout(sys.stderr):
+        with lock(root / f".{name}.lock"), contextlib.redirect_stdout(sys.stderr):
             return dataset(root, download=True, **split)
     except Exception as error:
         missing = f"{name} is missing or damaged under {root}, and no download was possible"
