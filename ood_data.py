@@ -2,9 +2,8 @@
 
 The closed set is the in-distribution one, whose classes a network is trained on. Image sets are
 uint8 (N, 3, 32, 32); the loader normalises them. Noises are float32 and enter the network as they
-are: in its input space -1 is about pixel 70 and +1 about 172. outlier-exposure, whose idea they are
-(github.com/hendrycks), normalises differently (57 and 185), so its noise sets differ from these. To
-add an OOD set, write its function and a line in NOISES or OOD_IMAGES.
+are: in its input space -1 is about pixel 70 and +1 about 172. Outlier Exposure, whose idea they
+are, normalises differently (57 and 185). To add an OOD set, see NOISES and OOD_IMAGES.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from ood_utils import InputError, lock
 
-DATA_ROOT = Path("~/data")  # where torchvision's data sets are, or are downloaded to
+DATA_ROOT = Path("~/data")  # of torchvision's data sets, downloaded if missing
 NOISE_SEED = 0
 EVAL_BATCH_SIZE = 1000  # images per forward pass: affects speed and memory only
 
@@ -92,20 +91,20 @@ CLOSED_SET_NAMES = f"{', '.join(CLOSED_SETS)}, or a folder with train/<class>/ a
 
 def read_class_folder(folder, split):
     """The images of folder/<split>/<class>/*; train/ must have the same classes."""
-    paths, names = {}, {}
+    folders = {}
     for part in (split, "train"):
         shown = filter(is_shown, (folder / part).iterdir())
-        paths[part] = [path for path in shown if path.is_dir()]
-        names[part] = {path_name(path) for path in paths[part]}
-    classes, different = sorted(names[split]), sorted(names[split] ^ names["train"])
+        folders[part] = sorted((path_name(path), path) for path in shown if path.is_dir())
+    classes = sorted({name for name, _ in folders[split]})
+    different = sorted({name for name, _ in folders["train"]} ^ set(classes))
     if different or not classes:
         missing = ", ".join(different) or "any class"
         raise InputError(f"{folder}: train/ and {split}/ do not both have {missing}.")
     files, labels = [], []
-    for path in sorted(paths[split], key=lambda path: (path_name(path), path.name)):
+    for name, path in folders[split]:
         found = find_images(path)
         files += found
-        labels += [classes.index(path_name(path))] * len(found)
+        labels += [classes.index(name)] * len(found)
     return decode_all(files), labels, classes
 
 
@@ -136,8 +135,8 @@ def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
 # OOD sets of images: (data root, count) -> uint8 (N, 3, 32, 32); the first `count` are taken
 def read_textures(root, count):
     """From the test split of DTD, 1,880 textures of 47 classes, in a fixed order."""
-    data = fetch(datasets.DTD, root, split="test")
-    return decode_all([data._image_files[i] for i in fixed_order(len(data))[:count]])
+    files = fetch(datasets.DTD, root, split="test")._image_files
+    return decode_all([files[i] for i in fixed_order(len(files))[:count]])
 
 
 def read_photos(root, count):
@@ -153,11 +152,11 @@ def read_photos(root, count):
 
 
 OOD_IMAGES = {
-    "svhn": lambda root, count: fetch(datasets.SVHN, Path(root) / "svhn", split="test").data,
-    "cifar10": lambda root, count: CLOSED_SETS["cifar10"](root, False)[0],
-    "cifar100": lambda root, count: CLOSED_SETS["cifar100"](root, False)[0],
+    "svhn": lambda root, _: fetch(datasets.SVHN, Path(root) / "svhn", split="test").data,
+    "cifar10": lambda root, _: CLOSED_SETS["cifar10"](root, False)[0],
+    "cifar100": lambda root, _: CLOSED_SETS["cifar100"](root, False)[0],
     "textures": read_textures,
-    "mnist": lambda root, count: grey_to_rgb(fetch(datasets.MNIST, root, train=False).data[:count]),
+    "mnist": lambda root, _: grey_to_rgb(fetch(datasets.MNIST, root, train=False).data),
     "photos": read_photos,
 }
 OOD_SET_NAMES = f"{', '.join([*NOISES, *OOD_IMAGES])}, or a folder of images"
@@ -174,10 +173,10 @@ def build_ood_loader(noise_type, ood_num_examples, seed=NOISE_SEED, data_root=DA
         raise InputError("The number of images and the batch size must be at least 1.")
     if name in NOISES:
         rng = np.random.default_rng((seed, *name.encode()))
-        images = torch.as_tensor(NOISES[name](rng, count))
+        images = torch.as_tensor(NOISES[name](rng, count))[:count]
         images = images if images.dtype == torch.uint8 else images.float()
     elif name in OOD_IMAGES:
-        images = torch.as_tensor(OOD_IMAGES[name](data_root, count))
+        images = torch.as_tensor(OOD_IMAGES[name](data_root, count))[:count]
     elif folder.is_dir():
         paths = find_images(folder)
         paths = [paths[i] for i in fixed_order(len(paths))[:count]]
@@ -186,8 +185,7 @@ def build_ood_loader(noise_type, ood_num_examples, seed=NOISE_SEED, data_root=DA
     else:
         raise InputError(f"Unknown OOD type {name!r}: use {OOD_SET_NAMES}.")
     check_images(images, name, images.dtype if name in NOISES else torch.uint8)
-    images = images[:count]
-    return ImageLoader(images, torch.full((len(images),), -1), **options)
+    return ImageLoader(images, [-1] * len(images), **options)
 
 
 # Batches --------------------------------------------------------------------------------
@@ -197,7 +195,7 @@ def memory_format(device):
     return torch.contiguous_format if on_mps else torch.channels_last
 
 
-@functools.cache  # a copy to the device for every batch would make a GPU wait
+@functools.cache  # a copy for every batch would make a GPU wait
 def statistics(device):
     """MEAN and STD on the device, float32 (2, 3, 1, 1)."""
     return torch.tensor([MEAN, STD], dtype=torch.float32, device=device).view(2, 3, 1, 1)
@@ -226,14 +224,14 @@ def mix_seed(*numbers):
 class ImageLoader:
     """Batches (images, labels) of a set that is on the device as a whole."""
 
-    images: torch.Tensor  # (N, 3, 32, 32): uint8, or float32 in the network's input space
-    labels: torch.Tensor  # (N,)
+    images: torch.Tensor  # (N, 3, 32, 32): uint8, or float32 noise
+    labels: torch.Tensor  # (N,), or a list
     classes: tuple = ()  # the names of the labels
     batch_size: int = EVAL_BATCH_SIZE
     device: torch.device = "cpu"
-    transform: Callable = to_input  # (images (B, 3, 32, 32), generator) -> what the network takes
+    transform: Callable = to_input  # (images, generator) -> what the network takes
     shuffle: bool = False  # a new order in each epoch
-    seed: int = 0  # the order is a function of (seed, epoch), the generator of (seed, epoch, batch)
+    seed: int = 0  # of the order, with the epoch; of the generator, with the batch too
     files: list | None = None  # of the images of a folder, relative to it
     normalises = True  # its batches are in the network's input space
 
@@ -337,7 +335,7 @@ def fixed_order(count):
 def fetch(dataset, root, **split):
     """A data set of torchvision, or OSError; one process at a time downloads it."""
     root, name = Path(os.path.expanduser(root)), dataset.__name__
-    with contextlib.suppress(RuntimeError):  # missing, or a download was interrupted
+    with contextlib.suppress(RuntimeError):  # missing or damaged
         return dataset(root, **split)
     try:
         with lock(root / f".{name}.lock"), contextlib.redirect_stdout(sys.stderr):
