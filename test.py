@@ -48,7 +48,7 @@ class Config:
     batch_size: Positive = ood_data.EVAL_BATCH_SIZE  # affects speed and memory only
     seed: Natural = ood_data.NOISE_SEED  # of the noises
     device: str | None = None  # by default the first available of cuda, mps and cpu
-    output: UserPath | None = None  # folder to write to, by default that of each checkpoint
+    output: UserPath | None = None  # folder, by default that of each checkpoint
 
 
 TEST_PER_OOD = 5  # test images per OOD image; AUPR's chance level depends on it
@@ -62,9 +62,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def evaluate(config=None):
-    """Evaluate checkpoints one after the other; return what the JSON of each holds. config: a
-    Config, by default the published evaluation. Raises InputError or OSError; of several
-    checkpoints, an InputError of one is printed, and its evaluation is None."""
+    """Evaluate the checkpoints of a Config; return what the JSON of each holds. Raises InputError
+    or OSError; of several checkpoints, prints an InputError of one, whose evaluation is None."""
     config = ood_utils.check(config or Config())
     paths, evaluations = find_checkpoints(config), []
     for path in paths:
@@ -86,7 +85,7 @@ def evaluate_run(config, path):
     model, loaders, evaluation = load(config, path)
     scores, predictions = score_sets(model, loaders, path)
     evaluation |= measure(scores, predictions, loaders)
-    check_error_rate(evaluation)
+    check_error_rate(evaluation, path)
     print(f"checkpoint: {path}", file=sys.stderr)
     name = path.name if config.split == "test" else f"{path.stem}.val.pth"
     try:
@@ -121,8 +120,7 @@ def load(config, path):
     constants = {"mean": [*ood_data.MEAN], "std": [*ood_data.STD]}
     if log and not constants.items() <= log["settings"].items():
         raise InputError(f"{path} was trained with another MEAN and STD than ood_data.py has.")
-    held_out = config.split == "validation"
-    if log and held_out and log["tested_on"] != digest(closed.images, closed.labels):
+    if config.split == "validation" and log["tested_on"] != digest(closed.images, closed.labels):
         raise InputError(f"{path} did not hold out these validation images.")
     if log and len(log["epochs"]) < log["config"]["epochs"]:
         done = f"{len(log['epochs'])} of {log['config']['epochs']} epochs"
@@ -147,7 +145,7 @@ def load_sets(config, trained_on):
     skipped = {}
     for name, ood_type in names.items():
         try:
-            loaders[name] = ood_data.build_ood_loader(ood_type, count, seed=config.seed, **common)
+            loaders[name] = ood_data.build_ood_loader(ood_type, count, config.seed, **common)
         except OSError as error:
             skipped[name] = " ".join(str(error).split())
     asked = {"dataset": dataset, "split": config.split, "seed": config.seed}
@@ -185,7 +183,7 @@ def digest_score(score, classes):
     return hashlib.sha256(values.encode()).hexdigest()[:8]
 
 
-def check_error_rate(evaluation):
+def check_error_rate(evaluation, path):
     """Raise InputError where the log says another error rate on these images."""
     log, closed = evaluation["training"], evaluation["sets"][CLOSED]
     if not log or log["tested_on"] != closed["digest"]:
@@ -195,7 +193,6 @@ def check_error_rate(evaluation):
     error_rate = evaluation["error_rate"]
     if abs(error_rate - logged) > max(0.5, 200 / closed["images"]):  # two images; devices: 0.04
         rates = f"an error rate of {error_rate:.2f}, but {logged:.2f} by its log"
-        path = evaluation["checkpoint"]["path"]
         raise InputError(f"{path} has {rates}: evaluate it with the code that trained it.")
 
 
@@ -213,25 +210,19 @@ def score_sets(model, loaders, path=None):
     return scores, predictions
 
 
-def describe_set(name, loader, predictions):
-    """What the JSON holds of a set; predictions: classes (N,), of a network. The effective number
-    of classes is exp(-sum p ln p) over their shares p: k for k equally frequent ones. Near 1 the
-    network assigns the whole set to one class: its row is one sample per network."""
-    _, counts = np.unique(predictions, return_counts=True)
-    shares = counts / counts.sum()
-    effective = np.exp(-np.sum(shares * np.log(shares)))
-    of_set = {"kind": "noise" if name in ood_data.NOISES else "images"}
-    of_set |= {"images": len(loader.images), "digest": digest(loader.images, loader.labels)}
-    return of_set | {"effective_classes": effective, "largest_share": 100 * shares.max()}
-
-
 def measure(scores, predictions, loaders):
     """Return the figures of a network that the JSON holds, in percent; the arguments are by set.
-    Metrics, in both conventions, are None where a group is empty."""
+    Metrics are None where a group is empty. Effective classes: k for k equally frequent ones."""
     correct = predictions[CLOSED] == loaders[CLOSED].labels.cpu().numpy()
     figures = {"sets": {}, "error_rate": 100 * (1 - correct.mean())}
     for name, loader in loaders.items():
-        figures["sets"][name] = describe_set(name, loader, predictions[name])
+        _, counts = np.unique(predictions[name], return_counts=True)
+        shares = counts / counts.sum()
+        effective = np.exp(-np.sum(shares * np.log(shares)))
+        of_set = {"kind": "noise" if name in ood_data.NOISES else "images"}
+        of_set |= {"images": len(loader.images), "digest": digest(loader.images, loader.labels)}
+        of_set |= {"effective_classes": effective, "largest_share": 100 * shares.max()}
+        figures["sets"][name] = of_set
     figures |= {"threshold": {}, "aurc": {}, "augrc": {}, "metrics": METRICS, "rows": []}
     for column, score in enumerate(SCORES):
         closed = scores[CLOSED][:, column]
@@ -277,8 +268,7 @@ def print_report(evaluation, score):
 
 
 def write(evaluation, scores, predictions, loaders, path):
-    """Write X.ood.npz and X.ood.json for a path X.pth; another evaluation there is moved first.
-    The .npz has what any other metric needs."""
+    """Write X.ood.npz and X.ood.json for a path X.pth; another evaluation there is moved first."""
     arrays = {"score_names": list(SCORES), "labels": loaders[CLOSED].labels.cpu().numpy()}
     arrays["predictions"] = predictions[CLOSED]
     for name, loader in loaders.items():
@@ -297,4 +287,4 @@ def write(evaluation, scores, predictions, loaders, path):
 
 if __name__ == "__main__":
     outcome = ood_utils.run_command(evaluate, Config)
-    sys.exit(1 if None in outcome or any(evaluation["skipped"] for evaluation in outcome) else 0)
+    sys.exit(1 if None in outcome or any(one["skipped"] for one in outcome) else 0)
