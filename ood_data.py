@@ -26,9 +26,9 @@ from tqdm.contrib.concurrent import thread_map
 
 from ood_utils import InputError, lock
 
-DATA_ROOT = Path("~/data")  # of torchvision's data sets, downloaded if missing
+DATA_ROOT = Path("~/data")  # of torchvision's data sets
 NOISE_SEED = 0
-EVAL_BATCH_SIZE = 1000  # images per forward pass: affects speed and memory only
+EVAL_BATCH_SIZE = 1000  # affects speed and memory only
 
 # The published figures used these, and the noises are defined in the space they span. The
 # mean is CIFAR-10's. The std is not: it is the mean over images of each image's own standard
@@ -195,7 +195,7 @@ def memory_format(device):
     return torch.contiguous_format if on_mps else torch.channels_last
 
 
-@functools.cache  # a copy for every batch would make a GPU wait
+@functools.cache  # a copy per batch would make a GPU wait
 def statistics(device):
     """MEAN and STD on the device, float32 (2, 3, 1, 1)."""
     return torch.tensor([MEAN, STD], dtype=torch.float32, device=device).view(2, 3, 1, 1)
@@ -231,7 +231,7 @@ class ImageLoader:
     device: torch.device = "cpu"
     transform: Callable = to_input  # (images, generator) -> what the network takes
     shuffle: bool = False  # a new order in each epoch
-    seed: int = 0  # of the order, with the epoch; of the generator, with the batch too
+    seed: int = 0  # of the order and of what transform draws
     files: list | None = None  # of the images of a folder, relative to it
     normalises = True  # its batches are in the network's input space
 

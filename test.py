@@ -51,9 +51,9 @@ class Config:
     output: UserPath | None = None  # folder, by default that of each checkpoint
 
 
-TEST_PER_OOD = 5  # test images per OOD image; AUPR's chance level depends on it
+TEST_PER_OOD = 5  # test images per OOD image; sets AUPR's chance level
 CLOSED = "closed set"
-RIGHT_WRONG = "right / wrong"  # correctly classified test images against misclassified ones
+RIGHT_WRONG = "right / wrong"  # correctly classified images against misclassified ones
 RESERVED = (CLOSED, "error rate", "mean of noises", "mean of image sets")  # rows of tables
 METRICS = {"auroc": "AUROC", "aupr": "AUPR, in-distribution positive"}
 METRICS |= {"fpr95": "FPR95, in-distribution positive"}
@@ -149,7 +149,7 @@ def load_sets(config, trained_on):
         except OSError as error:
             skipped[name] = " ".join(str(error).split())
     asked = {"dataset": dataset, "split": config.split, "seed": config.seed}
-    conditions = {"config": asked | {"ood_types": list(names)}, **ood_utils.describe(device)}
+    conditions = {"config": asked | {"ood_types": [*names]}, **ood_utils.describe(device)}
     print(f"device: {conditions['device']}, float32", file=sys.stderr)
     classes = len(loaders[CLOSED].classes)
     digests = {name: digest_score(score, classes) for name, score in SCORES.items()}

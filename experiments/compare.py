@@ -41,7 +41,7 @@ class Config:
 
 def main(config):
     files = []
-    for file in config.files:  # or a pattern, if no shell expands it
+    for file in config.files:  # or a pattern
         files += [file] if file.exists() else map(Path, sorted(glob.glob(str(file))) or [file])
     if not files:
         fail("Pass the .ood.json files of runs.")
@@ -262,7 +262,7 @@ def compare_means(base, other):
 def holm(p_values, level=0.05):
     """Which p-values are significant after Holm's correction, a Series; NaN never is."""
     ordered = pd.Series(p_values).sort_values()
-    factors = ordered.count() - np.arange(len(ordered))  # of the smallest, their number
+    factors = ordered.count() - np.arange(len(ordered))  # N, N - 1, ..., 1
     return (ordered * factors).cummax().sort_index() < level
 
 
