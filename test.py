@@ -120,7 +120,8 @@ def load(config, path):
     constants = {"mean": [*ood_data.MEAN], "std": [*ood_data.STD]}
     if log and not constants.items() <= log["settings"].items():
         raise InputError(f"{path} was trained with another MEAN and STD than ood_data.py has.")
-    if config.split == "validation" and log["tested_on"] != digest(closed.images, closed.labels):
+    held_out = config.split == "validation"
+    if log and held_out and log["tested_on"] != digest(closed.images, closed.labels):
         raise InputError(f"{path} did not hold out these validation images.")
     if log and len(log["epochs"]) < log["config"]["epochs"]:
         done = f"{len(log['epochs'])} of {log['config']['epochs']} epochs"
@@ -263,8 +264,7 @@ def print_report(evaluation, score):
         counts = row["negatives"], of_set.get("effective_classes")
         table.append([name.replace("|", "\\|"), *(row[metric] for metric in METRICS), *counts])
     headers = score, *METRICS.values(), "negatives", "effective classes"
-    print()
-    print(tabulate(table, headers, "pipe", floatfmt=".2f", missingval="n/a"), flush=True)
+    print("\n" + tabulate(table, headers, "pipe", floatfmt=".2f", missingval="n/a"), flush=True)
 
 
 def write(evaluation, scores, predictions, loaders, path):
