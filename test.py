@@ -39,7 +39,7 @@ OodTypes = Annotated[tuple[Name, ...], arg(help=ood_data.OOD_SET_NAMES)]
 class Config:
     """The published evaluation. Edit a value here, or pass it as a flag."""
 
-    checkpoint: tuple[UserPath, ...] = ()  # of one run or several; by default train.py's
+    checkpoint: tuple[UserPath, ...] = ()  # by default train.py's
     dataset: Annotated[Name | None, arg(help=CLOSED_SET_HELP)] = None
     data_root: UserPath = train.Config.data_root  # where torchvision's data sets are
     split: Literal["test", "validation"] = "test"  # validation: see train.py --validation
