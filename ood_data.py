@@ -2,21 +2,18 @@
 
 The closed set is the in-distribution one, whose classes a network is trained on. Image sets are
 uint8 (N, 3, 32, 32); the loader normalises them. Noises are float32 and enter the network as they
-are: in its input space -1 is about pixel 70 and +1 about 172. outlier-exposure, whose idea they are
-(github.com/hendrycks), normalises differently (57 and 185), so its noise sets differ from these.
-
-To add an OOD set, write its function and a line in NOISES or OOD_IMAGES.
+are: in its input space -1 is about pixel 70 and +1 about 172. Outlier Exposure, whose idea they
+are, normalises differently (57 and 185). To add an OOD set, see NOISES and OOD_IMAGES.
 """
 
 import contextlib
 import functools
-import math
 import os
 import sys
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
@@ -27,12 +24,11 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.contrib.concurrent import thread_map
 
-import ood_utils
-from ood_utils import InputError
+from ood_utils import InputError, lock
 
-DATA_ROOT = Path("~/data")  # where torchvision's data sets are, or are downloaded to
+DATA_ROOT = Path("~/data")  # of torchvision's data sets
 NOISE_SEED = 0
-EVAL_BATCH_SIZE = 1000  # images per forward pass: affects speed and memory only
+EVAL_BATCH_SIZE = 1000  # affects speed and memory only
 
 # The published figures used these, and the noises are defined in the space they span. The
 # mean is CIFAR-10's. The std is not: it is the mean over images of each image's own standard
@@ -54,8 +50,7 @@ def rademacher(rng, count):
 
 
 def blob(rng, count):
-    """Bernoulli(0.7) values, blurred with sigma 1.5 over rows, columns and channels. Values
-    below 0.75 then become 0; x * 2 - 1."""
+    """Bernoulli(0.7) values, blurred with sigma 1.5 over rows, columns and channels."""
     from skimage.filters import gaussian as blur
 
     values = rng.binomial(1, 0.7, (count, 32, 32, 3)).astype(np.float32)
@@ -79,12 +74,11 @@ def read_digits(root, train):
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
-    numbers = np.arange(len(digits.target))
-    parts = train_test_split(numbers, test_size=0.2, stratify=digits.target, random_state=0)
-    chosen = parts[0 if train else 1]
-    images = torch.from_numpy(digits.images[chosen] / 16 * 255).round().to(torch.uint8)
-    return grey_to_rgb(images), digits.target[chosen], list("0123456789")
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
+    images, labels = parts[0::2] if train else parts[1::2]
+    images = torch.from_numpy(images / 16 * 255).round().to(torch.uint8)
+    return grey_to_rgb(images.view(-1, 8, 8)), labels, list("0123456789")
 
 
 CLOSED_SETS = {
@@ -97,20 +91,20 @@ CLOSED_SET_NAMES = f"{', '.join(CLOSED_SETS)}, or a folder with train/<class>/ a
 
 def read_class_folder(folder, split):
     """The images of folder/<split>/<class>/*; train/ must have the same classes."""
-    paths, names = {}, {}
+    folders = {}
     for part in (split, "train"):
         shown = filter(is_shown, (folder / part).iterdir())
-        paths[part] = [path for path in shown if path.is_dir()]
-        names[part] = {path_name(path) for path in paths[part]}
-    classes, different = sorted(names[split]), sorted(names[split] ^ names["train"])
+        folders[part] = sorted((path_name(path), path) for path in shown if path.is_dir())
+    classes = sorted({name for name, _ in folders[split]})
+    different = sorted({name for name, _ in folders["train"]} ^ set(classes))
     if different or not classes:
         missing = ", ".join(different) or "any class"
         raise InputError(f"{folder}: train/ and {split}/ do not both have {missing}.")
     files, labels = [], []
-    for path in sorted(paths[split], key=lambda path: (path_name(path), path.name)):
+    for name, path in folders[split]:
         found = find_images(path)
         files += found
-        labels += [classes.index(path_name(path))] * len(found)
+        labels += [classes.index(name)] * len(found)
     return decode_all(files), labels, classes
 
 
@@ -141,8 +135,8 @@ def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
 # OOD sets of images: (data root, count) -> uint8 (N, 3, 32, 32); the first `count` are taken
 def read_textures(root, count):
     """From the test split of DTD, 1,880 textures of 47 classes, in a fixed order."""
-    data = fetch(datasets.DTD, root, split="test")
-    return decode_all([data._image_files[i] for i in fixed_order(len(data))[:count]])
+    files = fetch(datasets.DTD, root, split="test")._image_files
+    return decode_all([files[i] for i in fixed_order(len(files))[:count]])
 
 
 def read_photos(root, count):
@@ -158,11 +152,11 @@ def read_photos(root, count):
 
 
 OOD_IMAGES = {
-    "svhn": lambda root, count: fetch(datasets.SVHN, Path(root) / "svhn", split="test").data,
-    "cifar10": lambda root, count: CLOSED_SETS["cifar10"](root, False)[0],
-    "cifar100": lambda root, count: CLOSED_SETS["cifar100"](root, False)[0],
+    "svhn": lambda root, _: fetch(datasets.SVHN, Path(root) / "svhn", split="test").data,
+    "cifar10": lambda root, _: CLOSED_SETS["cifar10"](root, False)[0],
+    "cifar100": lambda root, _: CLOSED_SETS["cifar100"](root, False)[0],
     "textures": read_textures,
-    "mnist": lambda root, count: grey_to_rgb(fetch(datasets.MNIST, root, train=False).data[:count]),
+    "mnist": lambda root, _: grey_to_rgb(fetch(datasets.MNIST, root, train=False).data),
     "photos": read_photos,
 }
 OOD_SET_NAMES = f"{', '.join([*NOISES, *OOD_IMAGES])}, or a folder of images"
@@ -170,20 +164,19 @@ OOD_SET_NAMES = f"{', '.join([*NOISES, *OOD_IMAGES])}, or a folder of images"
 
 def build_ood_loader(noise_type, ood_num_examples, seed=NOISE_SEED, data_root=DATA_ROOT, **options):
     """Return an ImageLoader over the first images of an OOD set, or all if there are fewer.
-    noise_type: in NOISES or OOD_IMAGES, or a folder of images, which are taken in a fixed order.
-    Batches are float32 (B, 3, 32, 32), as the network takes them, with labels -1. A noise is a
-    function of (seed, name) only. options: batch_size and device of ImageLoader. Raises InputError,
-    and OSError for an unavailable set."""
+    noise_type: in NOISES or OOD_IMAGES, or a folder of images, taken in a fixed order. Batches are
+    float32 (B, 3, 32, 32), as the network takes them, with labels -1. A noise is a function of
+    (seed, name). options: batch_size, device. Raises InputError, OSError for an unavailable set."""
     name, count = str(noise_type), ood_num_examples
     folder = Path(os.path.expanduser(name))
     if min(count, options.get("batch_size", 1)) < 1:
         raise InputError("The number of images and the batch size must be at least 1.")
     if name in NOISES:
         rng = np.random.default_rng((seed, *name.encode()))
-        images = torch.as_tensor(NOISES[name](rng, count))
+        images = torch.as_tensor(NOISES[name](rng, count))[:count]
         images = images if images.dtype == torch.uint8 else images.float()
     elif name in OOD_IMAGES:
-        images = torch.as_tensor(OOD_IMAGES[name](data_root, count))
+        images = torch.as_tensor(OOD_IMAGES[name](data_root, count))[:count]
     elif folder.is_dir():
         paths = find_images(folder)
         paths = [paths[i] for i in fixed_order(len(paths))[:count]]
@@ -192,8 +185,7 @@ def build_ood_loader(noise_type, ood_num_examples, seed=NOISE_SEED, data_root=DA
     else:
         raise InputError(f"Unknown OOD type {name!r}: use {OOD_SET_NAMES}.")
     check_images(images, name, images.dtype if name in NOISES else torch.uint8)
-    images = images[:count]
-    return ImageLoader(images, torch.full((len(images),), -1), **options)
+    return ImageLoader(images, [-1] * len(images), **options)
 
 
 # Batches --------------------------------------------------------------------------------
@@ -203,7 +195,7 @@ def memory_format(device):
     return torch.contiguous_format if on_mps else torch.channels_last
 
 
-@functools.cache  # a copy to the device for every batch would make a GPU wait
+@functools.cache  # a copy per batch would make a GPU wait
 def statistics(device):
     """MEAN and STD on the device, float32 (2, 3, 1, 1)."""
     return torch.tensor([MEAN, STD], dtype=torch.float32, device=device).view(2, 3, 1, 1)
@@ -232,14 +224,14 @@ def mix_seed(*numbers):
 class ImageLoader:
     """Batches (images, labels) of a set that is on the device as a whole."""
 
-    images: torch.Tensor  # (N, 3, 32, 32): uint8, or float32 in the network's input space
-    labels: torch.Tensor  # (N,)
+    images: torch.Tensor  # (N, 3, 32, 32): uint8, or float32 noise
+    labels: torch.Tensor  # (N,), or a list
     classes: tuple = ()  # the names of the labels
     batch_size: int = EVAL_BATCH_SIZE
     device: torch.device = "cpu"
-    transform: Callable = to_input  # (images (B, 3, 32, 32), generator) -> what the network takes
+    transform: Callable = to_input  # (images, generator) -> what the network takes
     shuffle: bool = False  # a new order in each epoch
-    seed: int = 0  # the order is a function of (seed, epoch), the generator of (seed, epoch, batch)
+    seed: int = 0  # of the order and of what transform draws
     files: list | None = None  # of the images of a folder, relative to it
     normalises = True  # its batches are in the network's input space
 
@@ -249,14 +241,13 @@ class ImageLoader:
         self.epoch = 0  # incremented by each iteration
 
     def __len__(self):
-        return math.ceil(len(self.images) / self.batch_size)
+        return int(np.ceil(len(self.images) / self.batch_size))
 
     def __iter__(self):
-        device, epoch = self.images.device, self.epoch
+        device, epoch, count = self.images.device, self.epoch, len(self.images)
         self.epoch += 1
-        order = np.arange(len(self.images))
-        if self.shuffle:
-            np.random.default_rng((self.seed, epoch)).shuffle(order)
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(count) if self.shuffle else np.arange(count)
         batches = torch.from_numpy(order).to(device).split(self.batch_size)
         for number, batch in enumerate(batches):
             generator = torch.Generator(device).manual_seed(mix_seed(self.seed, epoch, number))
@@ -273,8 +264,7 @@ def check_images(images, name, dtype=torch.uint8):
 # Files and downloads --------------------------------------------------------------------
 def path_name(path):
     """The last part of a path of any system; a Mac decomposes accented letters, others do not."""
-    name = os.path.basename(str(path).replace("\\", "/").rstrip("/"))
-    return unicodedata.normalize("NFC", name)
+    return unicodedata.normalize("NFC", PureWindowsPath(path).name)  # takes / and \
 
 
 def is_shown(path):
@@ -345,10 +335,10 @@ def fixed_order(count):
 def fetch(dataset, root, **split):
     """A data set of torchvision, or OSError; one process at a time downloads it."""
     root, name = Path(os.path.expanduser(root)), dataset.__name__
-    with contextlib.suppress(RuntimeError):  # missing, or a download was interrupted
+    with contextlib.suppress(RuntimeError):  # missing or damaged
         return dataset(root, **split)
     try:
-        with ood_utils.lock(root / f".{name}.lock"), contextlib.redirect_stdout(sys.stderr):
+        with lock(root / f".{name}.lock"), contextlib.redirect_stdout(sys.stderr):
             return dataset(root, download=True, **split)
     except Exception as error:
         missing = f"{name} is missing or damaged under {root}, and no download was possible"

@@ -39,7 +39,7 @@ OodTypes = Annotated[tuple[Name, ...], arg(help=ood_data.OOD_SET_NAMES)]
 class Config:
     """The published evaluation. Edit a value here, or pass it as a flag."""
 
-    checkpoint: tuple[UserPath, ...] = ()  # of one run or several; by default train.py's
+    checkpoint: tuple[UserPath, ...] = ()  # by default train.py's
     dataset: Annotated[Name | None, arg(help=CLOSED_SET_HELP)] = None
     data_root: UserPath = train.Config.data_root  # where torchvision's data sets are
     split: Literal["test", "validation"] = "test"  # validation: see train.py --validation
@@ -48,12 +48,12 @@ class Config:
     batch_size: Positive = ood_data.EVAL_BATCH_SIZE  # affects speed and memory only
     seed: Natural = ood_data.NOISE_SEED  # of the noises
     device: str | None = None  # by default the first available of cuda, mps and cpu
-    output: UserPath | None = None  # folder to write to, by default that of each checkpoint
+    output: UserPath | None = None  # folder, by default that of each checkpoint
 
 
-TEST_PER_OOD = 5  # test images per OOD image; AUPR's chance level depends on it
+TEST_PER_OOD = 5  # test images per OOD image; sets AUPR's chance level
 CLOSED = "closed set"
-RIGHT_WRONG = "right / wrong"  # correctly classified test images against misclassified ones
+RIGHT_WRONG = "right / wrong"  # correctly classified images against misclassified ones
 RESERVED = (CLOSED, "error rate", "mean of noises", "mean of image sets")  # rows of tables
 METRICS = {"auroc": "AUROC", "aupr": "AUPR, in-distribution positive"}
 METRICS |= {"fpr95": "FPR95, in-distribution positive"}
@@ -62,9 +62,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def evaluate(config=None):
-    """Evaluate checkpoints one after the other; return what the JSON of each holds. config: a
-    Config, by default the published evaluation. Raises InputError or OSError; of several
-    checkpoints, an InputError of one is printed, and its evaluation is None."""
+    """Evaluate the checkpoints of a Config; return what the JSON of each holds. Raises InputError
+    or OSError; of several checkpoints, prints an InputError of one, whose evaluation is None."""
     config = ood_utils.check(config or Config())
     paths, evaluations = find_checkpoints(config), []
     for path in paths:
@@ -86,7 +85,7 @@ def evaluate_run(config, path):
     model, loaders, evaluation = load(config, path)
     scores, predictions = score_sets(model, loaders, path)
     evaluation |= measure(scores, predictions, loaders)
-    check_error_rate(evaluation)
+    check_error_rate(evaluation, path)
     print(f"checkpoint: {path}", file=sys.stderr)
     name = path.name if config.split == "test" else f"{path.stem}.val.pth"
     try:
@@ -147,11 +146,11 @@ def load_sets(config, trained_on):
     skipped = {}
     for name, ood_type in names.items():
         try:
-            loaders[name] = ood_data.build_ood_loader(ood_type, count, seed=config.seed, **common)
+            loaders[name] = ood_data.build_ood_loader(ood_type, count, config.seed, **common)
         except OSError as error:
             skipped[name] = " ".join(str(error).split())
     asked = {"dataset": dataset, "split": config.split, "seed": config.seed}
-    conditions = {"config": asked | {"ood_types": list(names)}, **ood_utils.describe(device)}
+    conditions = {"config": asked | {"ood_types": [*names]}, **ood_utils.describe(device)}
     print(f"device: {conditions['device']}, float32", file=sys.stderr)
     classes = len(loaders[CLOSED].classes)
     digests = {name: digest_score(score, classes) for name, score in SCORES.items()}
@@ -185,7 +184,7 @@ def digest_score(score, classes):
     return hashlib.sha256(values.encode()).hexdigest()[:8]
 
 
-def check_error_rate(evaluation):
+def check_error_rate(evaluation, path):
     """Raise InputError where the log says another error rate on these images."""
     log, closed = evaluation["training"], evaluation["sets"][CLOSED]
     if not log or log["tested_on"] != closed["digest"]:
@@ -195,7 +194,6 @@ def check_error_rate(evaluation):
     error_rate = evaluation["error_rate"]
     if abs(error_rate - logged) > max(0.5, 200 / closed["images"]):  # two images; devices: 0.04
         rates = f"an error rate of {error_rate:.2f}, but {logged:.2f} by its log"
-        path = evaluation["checkpoint"]["path"]
         raise InputError(f"{path} has {rates}: evaluate it with the code that trained it.")
 
 
@@ -213,25 +211,19 @@ def score_sets(model, loaders, path=None):
     return scores, predictions
 
 
-def describe_set(name, loader, predictions):
-    """What the JSON holds of a set; predictions: classes (N,), of a network. The effective number
-    of classes is exp(-sum p ln p) over their shares p: k for k equally frequent ones. Near 1 the
-    network assigns the whole set to one class: its row is one sample per network."""
-    _, counts = np.unique(predictions, return_counts=True)
-    shares = counts / counts.sum()
-    effective = np.exp(-np.sum(shares * np.log(shares)))
-    of_set = {"kind": "noise" if name in ood_data.NOISES else "images"}
-    of_set |= {"images": len(loader.images), "digest": digest(loader.images, loader.labels)}
-    return of_set | {"effective_classes": effective, "largest_share": 100 * shares.max()}
-
-
 def measure(scores, predictions, loaders):
     """Return the figures of a network that the JSON holds, in percent; the arguments are by set.
-    Metrics, in both conventions, are None where a group is empty."""
+    Metrics are None where a group is empty. Effective classes: k for k equally frequent ones."""
     correct = predictions[CLOSED] == loaders[CLOSED].labels.cpu().numpy()
     figures = {"sets": {}, "error_rate": 100 * (1 - correct.mean())}
     for name, loader in loaders.items():
-        figures["sets"][name] = describe_set(name, loader, predictions[name])
+        _, counts = np.unique(predictions[name], return_counts=True)
+        shares = counts / counts.sum()
+        effective = np.exp(-np.sum(shares * np.log(shares)))
+        of_set = {"kind": "noise" if name in ood_data.NOISES else "images"}
+        of_set |= {"images": len(loader.images), "digest": digest(loader.images, loader.labels)}
+        of_set |= {"effective_classes": effective, "largest_share": 100 * shares.max()}
+        figures["sets"][name] = of_set
     figures |= {"threshold": {}, "aurc": {}, "augrc": {}, "metrics": METRICS, "rows": []}
     for column, score in enumerate(SCORES):
         closed = scores[CLOSED][:, column]
@@ -272,13 +264,11 @@ def print_report(evaluation, score):
         counts = row["negatives"], of_set.get("effective_classes")
         table.append([name.replace("|", "\\|"), *(row[metric] for metric in METRICS), *counts])
     headers = score, *METRICS.values(), "negatives", "effective classes"
-    print()
-    print(tabulate(table, headers, "pipe", floatfmt=".2f", missingval="n/a"), flush=True)
+    print("\n" + tabulate(table, headers, "pipe", floatfmt=".2f", missingval="n/a"), flush=True)
 
 
 def write(evaluation, scores, predictions, loaders, path):
-    """Write X.ood.npz and X.ood.json for a path X.pth; another evaluation there is moved first.
-    The .npz has what any other metric needs."""
+    """Write X.ood.npz and X.ood.json for a path X.pth; another evaluation there is moved first."""
     arrays = {"score_names": list(SCORES), "labels": loaders[CLOSED].labels.cpu().numpy()}
     arrays["predictions"] = predictions[CLOSED]
     for name, loader in loaders.items():
@@ -297,4 +287,4 @@ def write(evaluation, scores, predictions, loaders, path):
 
 if __name__ == "__main__":
     outcome = ood_utils.run_command(evaluate, Config)
-    sys.exit(1 if None in outcome or any(evaluation["skipped"] for evaluation in outcome) else 0)
+    sys.exit(1 if None in outcome or any(one["skipped"] for one in outcome) else 0)

@@ -41,17 +41,21 @@ class Config:
 
 def main(config):
     files = []
-    for file in config.files:  # perhaps a pattern, where no shell expands it
+    for file in config.files:  # or a pattern
         files += [file] if file.exists() else map(Path, sorted(glob.glob(str(file))) or [file])
     if not files:
         fail("Pass the .ood.json files of runs.")
     runs = [read(file, config) for file in files]
-    check_contents(runs)
+    digests = pd.DataFrame({run["file"]: run["digests"] for run in runs})
+    for name, of_files in digests.iterrows():
+        differ = of_files.dropna().drop_duplicates().index
+        if len(differ) > 1:
+            fail(f"{differ[0]} and {differ[1]} differ in the content of {name}.")
     runs = drop_copies(runs)
     groups = group(runs)
     for members in groups.values():
         print_group(members, config.score)
-    drawn = draw(groups, config)
+    drawn = draw(runs, groups, config)
     for name, [run, *_] in groups.items():
         lines = diff_codes(runs[0], run)
         if len(lines) > DIFF_LINES:
@@ -59,7 +63,7 @@ def main(config):
         if lines:
             print(f"The code of {name} against that of {runs[0]['file']}:", *lines, "", sep="\n")
     if len(groups) > 1:
-        print_table(compare(groups, config.score), f"error rate and AUROC, {config.score}")
+        print_table(compare(runs, groups, config.score), f"error rate and AUROC, {config.score}")
         print(NOTE)
     print_notes(runs, config.score)
     return 0 if drawn else 1
@@ -76,39 +80,25 @@ def read(file, config):
     which they depend but for the "seed"; "digests", by what must be the same in every file."""
     try:
         run = json.loads(file.read_bytes())
+        sets = run["sets"]
         rows = pd.DataFrame(run["rows"]).set_index(["score", "set"])
-        rows = rows[[*run["metrics"]]].astype(float)
-        classes = {name: one.get("effective_classes") for name, one in run["sets"].items()}
-        rows["classes"] = rows.index.get_level_values("set").map(classes).astype(float)
+        rows["classes"] = [sets.get(name, {}).get("effective_classes") for _, name in rows.index]
+        rows = rows[[*run["metrics"], "classes"]].astype(float)
         if not all(0 <= figure <= 100 for figure in (run["error_rate"], *rows["auroc"].dropna())):
             raise ValueError("a figure is no percentage")
         log = run["training"] or {"settings": {"file": str(file)}, "epochs": []}
         setting = log["settings"] | {"epochs_done": len(log["epochs"])}
-        digests = {f"set {name}": one.get("digest") for name, one in run["sets"].items()}
-        digests |= {f"score {name}": digest for name, digest in run["scores"].items()}
-        run |= {"file": str(file), "table": rows, "log": log, "digests": digests}
-        run |= {"setting": setting, "seed": str(setting.pop("seed", file))}
-        run["weights"] = run["checkpoint"]["weights"]
-    except OSError as error:
-        fail(error)
-    except (ValueError, LookupError, TypeError) as error:
+        run["digests"] = {f"set {name}": one.get("digest") for name, one in sets.items()}
+        run["digests"] |= {f"score {name}": digest for name, digest in run["scores"].items()}
+        run |= {"file": str(file), "weights": run["checkpoint"]["weights"], "table": rows}
+        run |= {"log": log, "setting": setting, "seed": str(setting.pop("seed", file))}
+    except (OSError, ValueError, LookupError, TypeError) as error:
         fail(f"{file} is no .ood.json file of this test.py: {str(error)[:80]}")
     if config.score not in rows.index:
         fail(f"{file} has no score {config.score}: use {', '.join(rows.index.unique('score'))}.")
     if config.ignore_code:
         setting.pop("code", None)
     return run
-
-
-def check_contents(runs):
-    """End where two files have other images, or another score, under one name."""
-    seen = {}
-    for run in runs:
-        for name, digest in run["digests"].items():
-            if digest:  # the published figures have none
-                file, other = seen.setdefault(name, (run["file"], digest))
-                if digest != other:
-                    fail(f"{file} and {run['file']} differ in the content of {name}.")
 
 
 def drop_copies(runs):
@@ -129,9 +119,8 @@ def drop_copies(runs):
 def group(runs):
     """{name: runs} of runs that differ in nothing but their seed. A name is the common start of
     their files' names; a run's "title" adds every setting in which runs differ."""
-    logged = [run["setting"] for run in runs if run["training"]]
-    settings = dict.fromkeys(name for setting in logged for name in setting)
-    differ = [name for name in settings if any(k.get(name) != logged[0].get(name) for k in logged)]
+    settings = pd.DataFrame([run["setting"] for run in runs if run["training"]]).map(repr)
+    differ = settings.columns[settings.nunique() > 1]
     groups = {}
     for base in runs:
         members = [run for run in runs if run["setting"] == base["setting"]]
@@ -161,11 +150,11 @@ def describe(name, run, base):
 
 def diff_codes(base, run):
     """The lines of a unified diff of two runs' codes; none where they are equal, or one unknown."""
-    if run["log"].get("code") == base["log"].get("code"):
+    old, new = (one["log"].get("sources") for one in (base, run))
+    if not old or not new or run["log"]["code"] == base["log"]["code"]:
         return []
-    old, new = (one["log"].get("sources") or {} for one in (base, run))
     lines = []
-    for name in sorted({*old, *new} - {"ood_data.py", "ood_utils.py"}) if old and new else ():
+    for name in sorted({*old, *new} - {"ood_data.py", "ood_utils.py"}):
         texts = old.get(name, "").splitlines(), new.get(name, "").splitlines()
         lines += difflib.unified_diff(*texts, name, name, lineterm="", n=1)
     return lines
@@ -187,8 +176,7 @@ def print_table(table, title):
     table[title] = table[title].str.replace("|", "\\|")
     table.columns = table.columns.str.replace("|", "\\|")
     align = ["left", *["right"] * (table.shape[1] - 1)]
-    print(table.to_markdown(index=False, tablefmt="pipe", colalign=align, disable_numparse=True))
-    print()
+    print(table.to_markdown(index=False, colalign=align, disable_numparse=True), end="\n\n")
 
 
 def get_figures(runs, score, metric="auroc"):
@@ -218,9 +206,9 @@ def print_group(runs, score):
 
 def print_notes(runs, score):
     """What the tables leave out, and what else differs."""
-    names = dict.fromkeys(name for run in runs for name in run["table"].loc[score].index)
-    left_out = [name for name in names if name not in get_figures(runs, score)]
-    if left_out:
+    names = pd.concat([run["table"].loc[score] for run in runs]).index.unique()
+    left_out = names.difference(get_figures(runs, score).columns, sort=False)
+    if len(left_out):
         print(f"Left out, not in every file: {', '.join(left_out)}.")
     logs = [run["log"] for run in runs if run["training"]]
     trained_on = {f"{log['device']}, torch {log['versions']['torch']}": None for log in logs}
@@ -229,20 +217,19 @@ def print_notes(runs, score):
 
 
 # Compare --------------------------------------------------------------------------------
-def compare(groups, score):
+def compare(runs, groups, score):
     """A DataFrame of texts: error rate and AUROC of each group, and differences to the first."""
-    runs = [run for members in groups.values() for run in members]
     figures = get_figures(runs, score)
     figures.insert(0, "error rate", [run["error_rate"] for run in runs])
-    names = [name for name, members in groups.items() for _ in members]
+    names = {run["file"]: name for name, members in groups.items() for run in members}
     by_seed = figures.groupby([names, [run["seed"] for run in runs]], sort=False)
     by_seed = by_seed.agg(lambda values: values.mean(skipna=False))
     if len(by_seed) < len(runs):
         print("Runs of one group with the same seed are averaged first.\n")
     base, *others = groups
-    pairs = [(name, row) for name in others for row in figures]
-    tests = [compare_means(by_seed.loc[base][row], by_seed.loc[name][row]) for name, row in pairs]
-    tests = pd.DataFrame(tests, pd.MultiIndex.from_tuples(pairs), ["text", "p"])
+    pairs = pd.MultiIndex.from_product([others, figures.columns])
+    tests = [compare_means(by_seed[row][base], by_seed[row][name]) for name, row in pairs]
+    tests = pd.DataFrame(tests, pairs, ["text", "p"])
     tests["text"] += np.where(holm(tests["p"].tolist()), " *", "")
     table = {}
     for name, [run, *_] in groups.items():
@@ -263,7 +250,7 @@ def compare_means(base, other):
     if np.isnan(difference):
         return "n/a", np.nan
     if min(len(base), len(other)) > 1 and np.ptp(base) + np.ptp(other) > 1e-9:
-        with warnings.catch_warnings(action="ignore"):  # of a side that does not vary
+        with warnings.catch_warnings(action="ignore"):  # of a constant side
             test = stats.ttest_ind(other, base, equal_var=False)
         low, high = test.confidence_interval(0.95)
         return f"{difference:+.2f} [{low:.2f}, {high:.2f}]", test.pvalue
@@ -275,39 +262,38 @@ def compare_means(base, other):
 def holm(p_values, level=0.05):
     """Which p-values are significant after Holm's correction, a Series; NaN never is."""
     ordered = pd.Series(p_values).sort_values()
-    factors = ordered.count() - np.arange(len(ordered))  # of the smallest, their number
+    factors = ordered.count() - np.arange(len(ordered))  # N, N - 1, ..., 1
     return (ordered * factors).cummax().sort_index() < level
 
 
 # Picture --------------------------------------------------------------------------------
-def draw(groups, config):
+def draw(runs, groups, config):
     """Draw for each set a line of dots per group, one dot a run, and accuracies by epoch."""
     try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure  # no pyplot: no display, no global state
+        from matplotlib import colormaps, figure  # no pyplot: no display
 
-        tables = [run["table"].loc[config.score] for runs in groups.values() for run in runs]
-        sets = list(dict.fromkeys(name for table in tables for name in table.index))
+        columns = {run["file"]: run["table"].loc[config.score]["auroc"] for run in runs}
+        aurocs = pd.concat(columns, axis=1)
+        sets = [name.replace("$", r"\$")[:25] for name in aurocs.index]  # no TeX
         height = 0.3 * len(sets) * max(1, len(groups) / 5)  # inches
-        figure = Figure((7.5, height + 2.5 + 0.2 * len(groups)), dpi=130, layout="constrained")
-        dots, accuracies = figure.subplots(2, 1, height_ratios=(height + 0.5, 1.6))
+        size = 7.5, height + 2.5 + 0.2 * len(groups)
+        picture = figure.Figure(size, dpi=130, layout="constrained")
+        dots, accuracies = picture.subplots(2, 1, height_ratios=(height + 0.5, 1.6))
         dots.axvline(50, color="0.8")
-        for line, runs in enumerate(groups.values()):
+        for line, members in enumerate(groups.values()):
             colour = f"C{line}" if len(groups) <= 10 else colormaps["turbo"](line / len(groups))
-            heights = np.arange(len(sets)) + 0.6 * line / len(groups)
-            title = runs[0]["title"].replace("$", r"\$")[:100]  # no TeX
-            for run in runs:
-                aurocs = run["table"].loc[config.score]["auroc"].reindex(sets)
-                label = title if run is runs[0] else None
-                dots.plot(aurocs, heights, "o", color=colour, alpha=0.7, label=label)
+            heights = -np.arange(len(sets)) - 0.6 * line / len(groups)
+            title = members[0]["title"].replace("$", r"\$")[:100]
+            for run in members:
+                label = title if run is members[0] else None
+                dots.plot(aurocs[run["file"]], heights, "o", color=colour, alpha=0.7, label=label)
                 accuracy = 100 * pd.DataFrame(run["log"]["epochs"]).filter(like="accuracy")
                 accuracies.plot(accuracy.index + 1, accuracy, color=colour, lw=1)
-        dots.set_yticks(range(len(sets)), [name.replace("$", r"\$")[:25] for name in sets])
-        dots.invert_yaxis()
+        dots.set_yticks(-np.arange(len(sets)), sets)
         dots.set_xlabel("AUROC of each run; grey: chance")
         accuracies.set(xlabel="epoch", ylabel="accuracy, %")
-        figure.legend(loc="outside lower center", frameon=False)
-        figure.savefig(config.picture)
+        picture.legend(loc="outside lower center", frameon=False)
+        picture.savefig(config.picture)
         print(f"drew {config.picture}\n")
         return True
     except Exception as error:
