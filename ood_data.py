@@ -2,8 +2,10 @@
 
 The closed set is the in-distribution one, whose classes a network is trained on. Image sets are
 uint8 (N, 3, 32, 32); the loader normalises them. Noises are float32 and enter the network as they
-are: in its input space -1 is about pixel 70 and +1 about 172. Outlier Exposure, whose idea they
-are, normalises differently (57 and 185). To add an OOD set, see NOISES and OOD_IMAGES.
+are: in its input space -1 is about pixel 70 and +1 about 172. outlier-exposure, whose idea they are
+(github.com/hendrycks), normalises differently (57 and 185), so its noise sets differ from these.
+
+To add an OOD set, write its function and a line in NOISES or OOD_IMAGES.
 """
 
 import contextlib
@@ -26,7 +28,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from ood_utils import InputError, lock
 
-DATA_ROOT = Path("~/data")  # of torchvision's data sets
+DATA_ROOT = Path("~/data")  # where torchvision's data sets are, or are downloaded to
 NOISE_SEED = 0
 EVAL_BATCH_SIZE = 1000  # affects speed and memory only
 
@@ -50,7 +52,8 @@ def rademacher(rng, count):
 
 
 def blob(rng, count):
-    """Bernoulli(0.7) values, blurred with sigma 1.5 over rows, columns and channels."""
+    """Bernoulli(0.7) values, blurred with sigma 1.5 over rows, columns and channels. Values below
+    0.75 then become 0; x * 2 - 1."""
     from skimage.filters import gaussian as blur
 
     values = rng.binomial(1, 0.7, (count, 32, 32, 3)).astype(np.float32)
@@ -222,16 +225,17 @@ def mix_seed(*numbers):
 
 @dataclass
 class ImageLoader:
-    """Batches (images, labels) of a set that is on the device as a whole."""
+    """Batches (images, labels) of a set that is on the device as a whole. The order is a function
+    of (seed, epoch), what transform draws one of (seed, epoch, batch)."""
 
-    images: torch.Tensor  # (N, 3, 32, 32): uint8, or float32 noise
+    images: torch.Tensor  # (N, 3, 32, 32): uint8, or float32 in the network's input space
     labels: torch.Tensor  # (N,), or a list
     classes: tuple = ()  # the names of the labels
     batch_size: int = EVAL_BATCH_SIZE
     device: torch.device = "cpu"
     transform: Callable = to_input  # (images, generator) -> what the network takes
     shuffle: bool = False  # a new order in each epoch
-    seed: int = 0  # of the order and of what transform draws
+    seed: int = 0
     files: list | None = None  # of the images of a folder, relative to it
     normalises = True  # its batches are in the network's input space
 

@@ -1,7 +1,8 @@
 """From a network's logits to OOD scores, and from scores to AUROC, AUPR and FPR95. Below: what
 train.py and test.py share to check settings and write files.
 
-A **higher score means more in-distribution**. Metrics are fractions, printed in percent.
+Every score points the same way: **higher means more in-distribution**. Metrics are fractions;
+what is printed is percent.
 """
 
 import contextlib
@@ -71,8 +72,9 @@ SCORES = {"msp": msp, "max_logit": max_logit, "energy": energy, "entropy": entro
 
 def get_ood_scores(model, dataloader, closed_set=False, score=msp):
     """Score every image, float64 (N,): higher means more in-distribution. score: a function of
-    logits float64 (N, classes); a float32 softmax has ties, at 1.0 from a logit margin of 21 on.
-    With closed_set=True return (scores, right, wrong): of all, of correct, of wrong predictions."""
+    logits float64 (N, classes); in float32 a softmax is exactly 1.0 from a logit margin of about 21
+    on, which creates ties. With closed_set=True return (scores, right, wrong): of all, of correctly
+    classified and of misclassified images."""
     logits, labels = get_logits(model, dataloader)
     scores = score(logits.double()).numpy()
     if not closed_set:
@@ -147,9 +149,10 @@ def get_threshold(scores):
 
 def get_performance(pos, neg):
     """Return (AUROC, AUPR, FPR95), fractions, for scores (N,) and (M,). Higher must mean positive;
-    with OOD as the positive class: get_performance(-ood, -closed). AUPR is average precision, by
-    chance N / (N + M). FPR95 is the false positive rate at the first true positive rate >= 0.95,
-    no interpolation. Raises InputError, a ValueError, for no scores or some not finite."""
+    with OOD as the positive class: get_performance(-ood, -closed). AUPR is average precision, whose
+    chance level is N / (N + M). FPR95 is the false positive rate at the first threshold whose true
+    positive rate is at least 0.95, no interpolation. Raises InputError, a ValueError, for no scores
+    or some not finite."""
     from sklearn.metrics import average_precision_score, roc_auc_score  # slow to import
 
     pos, neg = as_scores(pos), as_scores(neg)

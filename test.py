@@ -39,7 +39,7 @@ OodTypes = Annotated[tuple[Name, ...], arg(help=ood_data.OOD_SET_NAMES)]
 class Config:
     """The published evaluation. Edit a value here, or pass it as a flag."""
 
-    checkpoint: tuple[UserPath, ...] = ()  # by default train.py's
+    checkpoint: tuple[UserPath, ...] = ()  # of one run or several; by default train.py's
     dataset: Annotated[Name | None, arg(help=CLOSED_SET_HELP)] = None
     data_root: UserPath = train.Config.data_root  # where torchvision's data sets are
     split: Literal["test", "validation"] = "test"  # validation: see train.py --validation
@@ -62,8 +62,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def evaluate(config=None):
-    """Evaluate the checkpoints of a Config; return what the JSON of each holds. Raises InputError
-    or OSError; of several checkpoints, prints an InputError of one, whose evaluation is None."""
+    """Evaluate the checkpoints of a Config, by default with the published evaluation; return what
+    the JSON of each holds. Raises InputError or OSError; of several checkpoints, prints an
+    InputError of one, whose evaluation is None."""
     config = ood_utils.check(config or Config())
     paths, evaluations = find_checkpoints(config), []
     for path in paths:
@@ -213,7 +214,9 @@ def score_sets(model, loaders, path=None):
 
 def measure(scores, predictions, loaders):
     """Return the figures of a network that the JSON holds, in percent; the arguments are by set.
-    Metrics are None where a group is empty. Effective classes: k for k equally frequent ones."""
+    Metrics are None where a group is empty. The effective number of predicted classes is
+    exp(-sum p ln p) over their shares p: k for k equally frequent ones. Near 1 the network assigns
+    the whole set to one class: its row is one sample per network."""
     correct = predictions[CLOSED] == loaders[CLOSED].labels.cpu().numpy()
     figures = {"sets": {}, "error_rate": 100 * (1 - correct.mean())}
     for name, loader in loaders.items():
@@ -268,7 +271,8 @@ def print_report(evaluation, score):
 
 
 def write(evaluation, scores, predictions, loaders, path):
-    """Write X.ood.npz and X.ood.json for a path X.pth; another evaluation there is moved first."""
+    """Write X.ood.npz and X.ood.json for a path X.pth; another evaluation there is moved first.
+    The .npz has what any other metric needs."""
     arrays = {"score_names": list(SCORES), "labels": loaders[CLOSED].labels.cpu().numpy()}
     arrays["predictions"] = predictions[CLOSED]
     for name, loader in loaders.items():

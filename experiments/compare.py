@@ -92,7 +92,9 @@ def read(file, config):
         run["digests"] |= {f"score {name}": digest for name, digest in run["scores"].items()}
         run |= {"file": str(file), "weights": run["checkpoint"]["weights"], "table": rows}
         run |= {"log": log, "setting": setting, "seed": str(setting.pop("seed", file))}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except OSError as error:
+        fail(error)
+    except (ValueError, LookupError, TypeError) as error:
         fail(f"{file} is no .ood.json file of this test.py: {str(error)[:80]}")
     if config.score not in rows.index:
         fail(f"{file} has no score {config.score}: use {', '.join(rows.index.unique('score'))}.")
