@@ -1,7 +1,6 @@
 """Image sets by torchvision's own reading, noise by a reference for each image, splits."""
 
 import pickle
-import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,7 +35,7 @@ def test_blob_equals_the_per_image_protocol():
 @pytest.fixture
 def any_files(monkeypatch):
     """torchvision takes files that are not those it would download."""
-    for module in ("cifar", "mnist", "svhn", "utils"):
+    for module in ("cifar", "svhn", "utils"):
         monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda *args: True)
 
 
@@ -64,16 +63,6 @@ def test_svhn_is_the_first_test_images_in_order(tmp_path, any_files):
     found, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
     expected = [TF.normalize(TF.to_tensor(image), MEAN, STD) for image in images[:7]]
     assert torch.equal(found, torch.stack(expected)) and labels.tolist() == [-1] * 7
-
-
-def test_mnist_is_the_test_split_in_three_channels(tmp_path, any_files):
-    folder = tmp_path / "MNIST/raw"
-    folder.mkdir(parents=True)
-    images = struct.pack(">4i", 0x803, 5, 28, 28) + bytes([255]) * (5 * 28 * 28)
-    (folder / "t10k-images-idx3-ubyte").write_bytes(images)
-    (folder / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 5) + bytes(5))
-    found = build_ood_loader("mnist", 3, data_root=tmp_path).images
-    assert found.shape == (3, 3, 32, 32) and (found == 255).all()
 
 
 def test_textures_are_the_test_split_of_dtd(tmp_path):
