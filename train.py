@@ -71,8 +71,14 @@ SAVE_SECONDS = 10  # at least, between saves: one may take longer than an epoch
 
 # Data -----------------------------------------------------------------------------------
 def augment_batch(images, generator):
-    """Pad a batch with black, crop at random, flip with p = 0.5: uint8 (N, 3, 32, 32) -> the same.
-    Draw from the generator: its seed is (seed, epoch, batch), which keeps a resumed run exact."""
+    """Augment a training batch: uint8 (N, 3, 32, 32) -> the same. The whole batch comes at once:
+    draw for each image. Draw from the generator: it is seeded by (seed, epoch, batch), which keeps
+    a resumed run exact."""
+    return crop_and_flip(images, generator)
+
+
+def crop_and_flip(images, generator):
+    """Pad with 4 black pixels, crop at random, flip with p = 0.5."""
     count, _, _, size = images.shape
     draw = {"generator": generator, "device": images.device}
     row, column = torch.randint(9, (2, count), **draw)

@@ -29,12 +29,12 @@ def test_crops_are_torchvisions_and_uniform():
     padded = TF.pad(image, 4)
     crops = [TF.crop(padded, row, column, 32, 32) for row in range(9) for column in range(9)]
     crops += [TF.hflip(crop) for crop in crops]
-    found = train.augment_batch(image.expand(16200, 3, 32, 32), generator)
+    found = train.crop_and_flip(image.expand(16200, 3, 32, 32), generator)
     counts = Counter(crop.numpy().tobytes() for crop in found)
     assert set(counts) == {crop.numpy().tobytes() for crop in crops}
     assert all(abs(count - 100) < 50 for count in counts.values())
     greys = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(256, 3, 32, 32)
-    found = train.augment_batch(greys, generator)
+    found = train.crop_and_flip(greys, generator)
     assert torch.equal(found[:, :, 16, 16], greys[:, :, 16, 16])  # each image has its own crop
 
 
