@@ -113,8 +113,8 @@ def read_class_folder(folder, split):
 
 def read_closed_set(dataset, data_root=DATA_ROOT, train=True, validation=0):
     """Return images uint8 (N, 3, 32, 32), labels (N,), class names. validation: how many training
-    images to hold out, for every seed the same; a folder's val/ counts as a whole. They take the
-    place of the test images. Raises InputError, and OSError for an unavailable set."""
+    images to hold out, for every seed the same, or a folder's whole val/; with train=False these
+    are returned, not the test images. Raises InputError, and OSError for an unavailable set."""
     folder = Path(os.path.expanduser(dataset))
     if dataset in CLOSED_SETS:
         images, labels, classes = CLOSED_SETS[dataset](data_root, train or validation > 0)
@@ -205,7 +205,7 @@ def statistics(device):
 
 
 def normalise(images):
-    """uint8 (N, 3, H, W) -> float32, with the bits of torchvision's Normalize."""
+    """uint8 (N, 3, H, W) -> float32, bit for bit as torchvision's Normalize."""
     if images.dtype != torch.uint8:
         raise InputError(f"Only uint8 images can be normalised, not {images.dtype}.")
     mean, std = statistics(images.device)
@@ -225,8 +225,8 @@ def mix_seed(*numbers):
 
 @dataclass
 class ImageLoader:
-    """Batches (images, labels) of a set that is on the device as a whole. The order is a function
-    of (seed, epoch), what transform draws one of (seed, epoch, batch)."""
+    """Batches (images, labels) of a set that is on the device as a whole. The order depends on
+    (seed, epoch) only, what transform draws on (seed, epoch, batch) only."""
 
     images: torch.Tensor  # (N, 3, 32, 32): uint8, or float32 in the network's input space
     labels: torch.Tensor  # (N,), or a list
@@ -273,8 +273,8 @@ def path_name(path):
 
 def is_shown(path):
     """False for hidden entries and for folders that are named like an image."""
-    album = path.suffix.lower() in IMG_EXTENSIONS and path.is_dir()
-    return not path.name.startswith(".") and not album
+    image_named = path.suffix.lower() in IMG_EXTENSIONS and path.is_dir()
+    return not path.name.startswith(".") and not image_named
 
 
 def find_images(folder):

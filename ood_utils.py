@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 PERFORMANCE_LINE = "AUROC: {:.4f}, AUPR: {:.4f}, FPR95: {:.4f}"  # as published, in percent
 RUN_FILES = (".val.ood.npz", ".val.ood.json", ".ood.npz", ".ood.json", ".json")
-RUN_FILES += (".pth", ".resume.pth")  # moved last: after a kill, the rest still has a free name
+RUN_FILES += (".pth", ".resume.pth")  # moved last: after a kill, the rest gets the same number
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
@@ -143,7 +143,7 @@ def as_scores(scores):
 
 
 def get_threshold(scores):
-    """The score at or above which 95% of the scores (N,) of the closed set lie."""
+    """The highest score that at least 95% of the scores (N,) of the positive class reach."""
     return float(-np.quantile(-as_scores(scores), 0.95, method="inverted_cdf"))
 
 
@@ -251,7 +251,7 @@ def digest(*tensors):
 
 
 def pick_device(name=None):
-    """torch.device(name), by default a GPU if there is one; InputError if unusable."""
+    """torch.device(name), by default torch's accelerator, else the CPU; InputError if unusable."""
     device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.ones(1, device=device).add(1).item()  # some builds have no kernels for some GPUs

@@ -71,6 +71,7 @@ def evaluate(config=None):
         try:
             evaluations.append(evaluate_run(config, path))
         except InputError as error:
+            # If all failed, the last one ends the call.
             if len(evaluations) == len(paths) - 1 and not any(evaluations):
                 raise
             print(f"error: {error}", file=sys.stderr)
@@ -80,6 +81,7 @@ def evaluate(config=None):
 
 def evaluate_run(config, path):
     """Evaluate a checkpoint: print the report, write the files, return what the JSON holds."""
+    # The shipped results are not written to.
     folder = Path() if path.resolve().parent == RESULTS else path.parent
     if folder.resolve() == RESULTS and not config.output:
         raise InputError(f"{RESULTS} is not written to: pass --output.")
@@ -99,7 +101,7 @@ def evaluate_run(config, path):
 # Load -----------------------------------------------------------------------------------
 def find_checkpoints(config):
     """The paths of a Config, with patterns expanded, where no shell did it."""
-    paths, trained = [], train.Config(config.dataset or train.Config.dataset)
+    paths, trained = [], train.Config(dataset=config.dataset or train.Config.dataset)
     for path in config.checkpoint or (train.checkpoint_path(trained),):
         found = [] if path.exists() else sorted(glob.glob(str(path)))
         paths += map(Path, found or [path])
@@ -179,7 +181,7 @@ def name_sets(ood_types, dataset):
 
 
 def digest_score(score, classes):
-    """8 hex digits of what a score makes of fixed logits (20, classes)."""
+    """8 hex digits of a score of fixed logits (20, classes): compare.py refuses another one."""
     logits = torch.from_numpy(np.random.default_rng(0).normal(0, 5, (20, classes)))
     values = " ".join(f"{value:.6g}" for value in score(logits).tolist())
     return hashlib.sha256(values.encode()).hexdigest()[:8]

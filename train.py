@@ -110,7 +110,8 @@ def get_loader(train=True, dataset=Config.dataset, augment=True, validation=0, *
 
 
 # Network --------------------------------------------------------------------------------
-# Convolutions of 2x2 or 1x1 maps: the rows, and columns, of their kernels that meet a pixel.
+# Convolutions of 2x2 or 1x1 maps: the rows, and columns, of their 3x3 kernels that ever meet a
+# pixel, not only padding.
 SMALL_MAPS = dict.fromkeys(("layer3.0.conv2", "layer3.1.conv1", "layer3.1.conv2"), slice(0, 3))
 SMALL_MAPS |= {"layer4.0.conv1": slice(1, 3), "layer4.0.conv2": slice(1, 2)}
 SMALL_MAPS |= {"layer4.1.conv1": slice(1, 2), "layer4.1.conv2": slice(1, 2)}
@@ -207,7 +208,7 @@ def build_optimizer(model, config):
 
 
 def train_step(model, optimizer, images, labels, config):
-    """One SGD step on images (N, 3, 32, 32) and labels (N,); return the mean loss, on device."""
+    """One optimizer step on images (N, 3, 32, 32), labels (N,); return the mean loss, on device."""
     mixed = config.precision == "bfloat16"
     with torch.autocast(images.device.type, torch.bfloat16, enabled=mixed):
         loss = F.cross_entropy(model(images), labels, label_smoothing=config.label_smoothing)
@@ -242,7 +243,7 @@ def capture_step(model, optimizer, images, labels, config):
     with torch.cuda.graph(graph):
         loss = train_step(model, optimizer, images, labels, config)
 
-    def replay(model, optimizer, new_images, new_labels, config):
+    def replay(model, optimizer, new_images, new_labels, config):  # as train_step
         images.copy_(new_images)
         labels.copy_(new_labels)
         graph.replay()
@@ -300,7 +301,8 @@ def train_model(config=None):
         train_loader = get_loader(True, batch_size=config.batch_size, seed=config.seed, **data)
         loaders = train_loader, get_loader(False, **data)
         count = len(train_loader.images)
-        if 1 in (config.batch_size, count % config.batch_size):  # batch norm needs two
+        # Batch norm needs two images.
+        if config.batch_size == 1 or count % config.batch_size == 1:
             raise InputError(f"{count} images leave a batch of 1: change --batch-size.")
 
         set_seed(config.seed)
@@ -340,8 +342,9 @@ def checkpoint_path(config):
     suffix = f"_seed{config.seed}" if config.seed else ""
     name = Path(config.dataset).absolute().name
     path = Path(config.checkpoint or f"{name}_resnet18{suffix}.pth")
-    if path.suffix != ".pth" or path.stem.endswith((".resume", ".ood")) or path.is_dir():
-        raise InputError(f"{path} cannot be a checkpoint: its name must end in .pth.")
+    taken = (".resume", ".ood", ".val")  # names of other files of a run
+    if path.suffix != ".pth" or path.stem.endswith(taken) or path.is_dir():
+        raise InputError(f"{path} cannot be a checkpoint: use NAME.pth, not NAME.resume.pth.")
     return path
 
 
@@ -356,7 +359,7 @@ def read_run(path):
         names = ", ".join(map(str, state.keys()))
     except Exception as error:
         raise InputError(f"{path} is damaged, or no state dict of plain tensors.") from error
-    if "settings" in (state.get("log") or ()):
+    if "settings" in (state.get("log") or ()):  # X.resume.pth
         return state
     for entry in ("state_dict", "model", "model_state_dict", "net"):
         if isinstance(state.get(entry), dict):
@@ -373,7 +376,8 @@ def read_run(path):
 
 
 def start_log(config, device, loaders):
-    """The log of a run that has no epoch yet; its figures depend on "settings"."""
+    """The log of a run that has no epoch yet. "settings" is all that its figures depend on:
+    --resume and compare.py compare it."""
     asked = to_jsonable_python(config)
     if config.dataset not in ood_data.CLOSED_SETS:
         asked["dataset"] = str(Path(config.dataset).expanduser().resolve())
@@ -402,8 +406,8 @@ def resume(path, run, log, model, optimizer):
         raise InputError(f"{path} is another run ({texts}): pass another --checkpoint.")
     model.load_state_dict(run["model"])
     log["epochs"] = run["log"]["epochs"]
-    if run["log"]["device"] != log["device"]:
-        log["device"] = f"{run['log']['device']}, then {log['device']}"
+    before, now = run["log"]["device"], log["device"]
+    log["device"] = before if before.endswith(now) else f"{before}, then {now}"
     if "optimizer" in run:
         optimizer.load_state_dict(run["optimizer"])
         print(f"resuming after epoch {len(log['epochs'])} of {log['config']['epochs']}")

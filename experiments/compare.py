@@ -104,7 +104,7 @@ def read(file, config):
 
 
 def drop_copies(runs):
-    """Return the runs without those whose weights came before, and say so."""
+    """Return the runs without copies of others; say which runs have equal weights."""
     kept = []
     for run in runs:
         twins = [other for other in kept if other["weights"] == run["weights"]]
@@ -124,13 +124,13 @@ def group(runs):
     settings = pd.DataFrame([run["setting"] for run in runs if run["training"]]).map(repr)
     differ = settings.columns[settings.nunique() > 1]
     groups = {}
-    for base in runs:
-        members = [run for run in runs if run["setting"] == base["setting"]]
-        if members[0] is base:
+    for first in runs:
+        members = [run for run in runs if run["setting"] == first["setting"]]
+        if members[0] is first:
             stems = [Path(run["file"]).name.removesuffix(".ood.json") for run in members]
             name = os.path.commonprefix(stems) or stems[0]
-            name = base["file"] if name in groups else name
-            parts = [describe(one, base, runs[0]) for one in differ if base["training"]]
+            name = first["file"] if name in groups else name
+            parts = [describe(one, first, runs[0]) for one in differ if first["training"]]
             title = f"{name}: {', '.join(filter(None, parts))}".removesuffix(": ")
             groups[name] = [run | {"title": title} for run in members]
     return groups
@@ -182,7 +182,7 @@ def print_table(table, title):
 
 
 def get_figures(runs, score, metric="auroc"):
-    """A metric: a line for each run, a column for each set of all runs, and their two means."""
+    """A metric: a line per run, a column per set of all runs; means of noises and image sets."""
     lines = {run["file"]: run["table"].loc[score][metric] for run in runs}
     figures, sets = pd.concat(lines, axis=1, join="inner").T, runs[0]["sets"]
     for kind, title in (("noise", "mean of noises"), ("images", "mean of image sets")):

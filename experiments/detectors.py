@@ -126,7 +126,11 @@ def compare(config):
         to_fit = represent(model, last, training)
         sets = {name: represent(model, last, loader) for name, loader in loaders.items()}
         for name, detector in tqdm(build_detectors(model, last).items(), path.stem, disable=None):
-            fit(detector, to_fit, training.labels.cpu())
+            try:
+                fit(detector, to_fit, training.labels.cpu())
+            except ValueError as error:  # SHE needs a correct prediction of every class
+                print(f"note: {name} is left out of {path}: {error}", file=sys.stderr)
+                continue
             aurocs = get_aurocs({key: score(detector, sets[key], loaders[key]) for key in sets})
             ours = {}
             if name in SAME_AS:
