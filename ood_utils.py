@@ -23,8 +23,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, Valida
 from tqdm import tqdm
 
 PERFORMANCE_LINE = "AUROC: {:.4f}, AUPR: {:.4f}, FPR95: {:.4f}"  # as published, in percent
+# Of a run, in the order of moving: after a kill, those left get the same number.
 RUN_FILES = (".val.ood.npz", ".val.ood.json", ".ood.npz", ".ood.json", ".json")
-RUN_FILES += (".pth", ".resume.pth")  # moved last: after a kill, the rest gets the same number
+RUN_FILES += (".pth", ".resume.pth")
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
