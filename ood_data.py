@@ -15,7 +15,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -268,7 +268,8 @@ def check_images(images, name, dtype=torch.uint8):
 # Files and downloads --------------------------------------------------------------------
 def path_name(path):
     """The last part of a path of any system; a Mac decomposes accented letters, others do not."""
-    return unicodedata.normalize("NFC", PureWindowsPath(path).name)  # takes / and \
+    name = os.path.basename(str(path).replace("\\", "/").rstrip("/"))
+    return unicodedata.normalize("NFC", name)
 
 
 def is_shown(path):

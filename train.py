@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import random
 import shlex
 import sys
@@ -186,8 +187,9 @@ def load_network(path, run=None):
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path} does not fit build_network: {reason}") from error
     for name, value in model.state_dict().items():
-        if not value.isfinite().all():
-            raise InputError(f"{path}: {name} is not finite.")
+        same_kind = state.get(name, value).is_floating_point() == value.is_floating_point()
+        if not same_kind or not value.isfinite().all():
+            raise InputError(f"{path}: {name} is not finite, or of another type.")
     return model.eval()
 
 
@@ -340,9 +342,10 @@ def native_precision(device):
 def checkpoint_path(config):
     """The given path, or <dataset>_resnet18.pth, with the seed in its name unless it is 0."""
     suffix = f"_seed{config.seed}" if config.seed else ""
-    name = Path(config.dataset).absolute().name
+    folder = ood_data.path_name(os.path.realpath(config.dataset))
+    name = config.dataset if config.dataset in ood_data.CLOSED_SETS else folder
     path = Path(config.checkpoint or f"{name}_resnet18{suffix}.pth")
-    taken = (".resume", ".ood", ".val")  # names of other files of a run
+    taken = (".resume", ".ood", ".val")  # other files of a run
     if path.suffix != ".pth" or path.stem.endswith(taken) or path.is_dir():
         raise InputError(f"{path} cannot be a checkpoint: use NAME.pth, not NAME.resume.pth.")
     return path
@@ -359,7 +362,8 @@ def read_run(path):
         names = ", ".join(map(str, state.keys()))
     except Exception as error:
         raise InputError(f"{path} is damaged, or no state dict of plain tensors.") from error
-    if "settings" in (state.get("log") or ()):  # X.resume.pth
+    log = state.get("log")
+    if isinstance(log, dict) and "settings" in log:  # X.resume.pth
         return state
     for entry in ("state_dict", "model", "model_state_dict", "net"):
         if isinstance(state.get(entry), dict):
@@ -372,7 +376,7 @@ def read_run(path):
         log = json.loads(log_path.read_bytes())
         if log["settings"] and log["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest():
             return {"log": log, "model": state}
-    raise InputError(f"{log_path} is damaged, or the log of another checkpoint: move it.")
+    raise InputError(f"{log_path} is damaged, old, or the log of another checkpoint: move it.")
 
 
 def start_log(config, device, loaders):

@@ -65,7 +65,13 @@ def main(config):
     if len(groups) > 1:
         print_table(compare(runs, groups, config.score), f"error rate and AUROC, {config.score}")
         print(NOTE)
-    print_notes(runs, config.score)
+    names = pd.concat([run["table"].loc[config.score] for run in runs]).index.unique()
+    left_out = names.difference(get_figures(runs, config.score).columns, sort=False)
+    if len(left_out):
+        print(f"Left out, not in every file: {', '.join(left_out)}.")
+    trained_on = dict.fromkeys(run["trained_on"] for run in runs if run["training"])
+    if len(trained_on) > 1:
+        print(f"These runs were trained on different devices or versions: {'; '.join(trained_on)}.")
     return 0 if drawn else 1
 
 
@@ -87,6 +93,8 @@ def read(file, config):
         if not all(0 <= figure <= 100 for figure in (run["error_rate"], *rows["auroc"].dropna())):
             raise ValueError("a figure is no percentage")
         log = run["training"] or {"settings": {"file": str(file)}, "epochs": []}
+        if run["training"]:
+            run["trained_on"] = f"{log['device']}, torch {log['versions']['torch']}"
         setting = log["settings"] | {"epochs_done": len(log["epochs"])}
         run["digests"] = {f"set {name}": one.get("digest") for name, one in sets.items()}
         run["digests"] |= {f"score {name}": digest for name, digest in run["scores"].items()}
@@ -153,7 +161,7 @@ def describe(name, run, base):
 def diff_codes(base, run):
     """The lines of a unified diff of two runs' codes; none where they are equal, or one unknown."""
     old, new = (one["log"].get("sources") for one in (base, run))
-    if not old or not new or run["log"]["code"] == base["log"]["code"]:
+    if not old or not new or run["log"].get("code") == base["log"].get("code"):
         return []
     lines = []
     for name in sorted({*old, *new} - {"ood_data.py", "ood_utils.py"}):
@@ -197,25 +205,14 @@ def print_group(runs, score):
     error_rate = spread([run["error_rate"] for run in runs])
     how = f"mean +- standard deviation of {len(runs)} runs" if len(runs) > 1 else "one run"
     print(f"{runs[0]['title']}: {how}; error rate {error_rate}\n")
-    metrics = runs[0]["metrics"] | {"classes": "effective classes"}
-    table = {title: get_figures(runs, score, one).agg(spread) for one, title in metrics.items()}
+    titles = runs[0]["metrics"] | {"classes": "effective classes"}
+    metrics = pd.concat([run["table"] for run in runs], join="inner").columns
+    table = {titles[one]: get_figures(runs, score, one).agg(spread) for one in metrics}
     table = pd.DataFrame(table)
     print_table(table[~table.index.str.startswith("mean of ")], score)
     scores = runs[0]["table"].index.unique("score")
     common = [one for one in scores if all(one in run["table"].index for run in runs)]
     print_table(pd.DataFrame({one: get_figures(runs, one).agg(spread) for one in common}), "AUROC")
-
-
-def print_notes(runs, score):
-    """What the tables leave out, and what else differs."""
-    names = pd.concat([run["table"].loc[score] for run in runs]).index.unique()
-    left_out = names.difference(get_figures(runs, score).columns, sort=False)
-    if len(left_out):
-        print(f"Left out, not in every file: {', '.join(left_out)}.")
-    logs = [run["log"] for run in runs if run["training"]]
-    trained_on = {f"{log['device']}, torch {log['versions']['torch']}": None for log in logs}
-    if len(trained_on) > 1:
-        print(f"These runs were trained on different devices or versions: {'; '.join(trained_on)}.")
 
 
 # Compare --------------------------------------------------------------------------------
@@ -278,9 +275,8 @@ def draw(runs, groups, config):
         aurocs = pd.concat(columns, axis=1)
         sets = [name.replace("$", r"\$")[:25] for name in aurocs.index]  # no TeX
         height = 0.3 * len(sets) * max(1, len(groups) / 5)  # inches
-        size = 7.5, height + 2.5 + 0.2 * len(groups)
-        picture = figure.Figure(size, dpi=130, layout="constrained")
-        dots, accuracies = picture.subplots(2, 1, height_ratios=(height + 0.5, 1.6))
+        page = figure.Figure((7.5, height + 2.5 + 0.2 * len(groups)), dpi=130, layout="constrained")
+        dots, accuracies = page.subplots(2, 1, height_ratios=(height + 0.5, 1.6))
         dots.axvline(50, color="0.8")
         for line, members in enumerate(groups.values()):
             colour = f"C{line}" if len(groups) <= 10 else colormaps["turbo"](line / len(groups))
@@ -294,8 +290,8 @@ def draw(runs, groups, config):
         dots.set_yticks(-np.arange(len(sets)), sets)
         dots.set_xlabel("AUROC of each run; grey: chance")
         accuracies.set(xlabel="epoch", ylabel="accuracy, %")
-        picture.legend(loc="outside lower center", frameon=False)
-        picture.savefig(config.picture)
+        page.legend(loc="outside lower center", frameon=False)
+        page.savefig(config.picture)
         print(f"drew {config.picture}\n")
         return True
     except Exception as error:

@@ -191,7 +191,7 @@ def bad_files(in_tiny_run, monkeypatch):
     ("train.py --dataset broken", "remove 4 files: .*/a.tiff .* 8 bits.*/b.png .*/c.png is [^,]*$"),
     ("train.py --dataset digits --batch-size 359", "1437 images leave a batch of 1"),
     ("train.py --checkpoint a.ood.pth", "a.ood.pth cannot be a checkpoint"),
-    ("train.py --dataset pets --checkpoint a.pth --resume", "a.json is damaged, or the log of ano"),
+    ("train.py --dataset pets --checkpoint a.pth --resume", "a.json is damaged, old, or the log"),
     ("train.py --epochs 0", "^error: --epochs 0: Input should be greater than 0.$"),
     ("train.py --lr nan", "--lr nan: .* greater than 0"),
     ("train.py --milestones 0.5 80", "--milestones 80.0: .* less than or equal to 1"),

@@ -192,7 +192,6 @@ def test_equal_weights_count_once_or_had_no_effect(printed):
      "r0.ood.json and r1.ood.json differ in the content of set svhn"),
     (lambda file: edit(file, scores={"msp": "edited"}), "differ in the content of score msp"),
     (lambda file: edit(file, error_rate=float("nan")), "a figure is no percentage"),
-    (lambda file: file.unlink(), "r1.ood.json"),
     (lambda file: edit(file, rows=read_json(file)["rows"][4:]), "has no score msp: use gen"),
     (lambda file: file.write_bytes(bytes(range(256)) * 4000), "r1.ood.json is no .ood.json file"),
 ])  # fmt: skip

@@ -67,7 +67,7 @@ def test_names_that_look_the_same_are_the_same(class_folder, tiny_folder):
         _, labels, classes = read_closed_set(class_folder, train=is_train)
         assert classes == [composed, "cat", "dog"] and list(labels).count(0) == count
     assert list(evaluation.name_sets([decomposed], "digits")) == [composed]
-    assert path_name(f"C:\\data\\{decomposed}\\") == composed
+    assert path_name(f"C:\\data\\a:{decomposed}\\") == f"a:{composed}"
 
 
 def test_state_dicts_of_other_tools_are_read(in_tiny_run, capsys, monkeypatch):
@@ -89,7 +89,8 @@ def test_what_does_not_fit_is_told_in_one_short_line(in_tiny_run, monkeypatch):
     for content, message in (
         (state | {f"x{i}": state[last] for i in range(999)}, "does not fit build_network: .*x0"),
         ({name: state[name] for name in state if name != first}, f"does not fit .*{first}"),
-        (state | {last: state[last] * torch.nan}, f"{last} is not finite"),
+        (state | {first: state[first] * torch.nan}, f"{first} is not finite"),
+        (state | {last: state[last] * 1j}, f"{last} is not finite, or of another type"),
     ):
         torch.save(content, "m.pth")
         with pytest.raises(InputError, match=f"m.pth.*{message}") as error:
