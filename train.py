@@ -146,7 +146,8 @@ class SmallMapConv(nn.Module):
     def forward(self, maps):
         size = maps.shape[-1]
         taps = self.weight.to(maps.dtype).permute(0, 2, 3, 1)
-        starts = range(taps.shape[1] - size, -1, -1)  # of the map in the kernel, per output
+        # Output i meets the kernel's rows, and columns, from starts[i] on: 1, 0 for maps of 2x2.
+        starts = range(taps.shape[1] - size, -1, -1)
         kernels = [taps[:, y : y + size, x : x + size] for y in starts for x in starts]
         matrix = torch.stack(kernels).flatten(0, 1).flatten(1)  # (outputs x C_out, pixels x C_in)
         outputs = F.linear(maps.permute(0, 2, 3, 1).flatten(1), matrix)
