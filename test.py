@@ -82,7 +82,8 @@ def evaluate(config=None):
 def evaluate_run(config, path):
     """Evaluate a checkpoint: print the report, write the files, return what the JSON holds."""
     # The shipped results are not written to.
-    folder = Path() if path.resolve().parent == RESULTS else path.parent
+    shipped = Path(os.path.realpath(path)).parent == RESULTS
+    folder = Path() if shipped else path.parent
     if folder.resolve() == RESULTS and not config.output:
         raise InputError(f"{RESULTS} is not written to: pass --output.")
     model, loaders, evaluation = load(config, path)
