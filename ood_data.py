@@ -10,6 +10,7 @@ To add an OOD set, write its function and a line in NOISES or OOD_IMAGES.
 
 import contextlib
 import functools
+import math
 import os
 import sys
 import unicodedata
@@ -159,7 +160,7 @@ OOD_IMAGES = {
     "cifar10": lambda root, _: CLOSED_SETS["cifar10"](root, False)[0],
     "cifar100": lambda root, _: CLOSED_SETS["cifar100"](root, False)[0],
     "textures": read_textures,
-    "mnist": lambda root, _: grey_to_rgb(fetch(datasets.MNIST, root, train=False).data),
+    "mnist": lambda root, count: grey_to_rgb(fetch(datasets.MNIST, root, train=False).data[:count]),
     "photos": read_photos,
 }
 OOD_SET_NAMES = f"{', '.join([*NOISES, *OOD_IMAGES])}, or a folder of images"
@@ -245,7 +246,7 @@ class ImageLoader:
         self.epoch = 0  # incremented by each iteration
 
     def __len__(self):
-        return int(np.ceil(len(self.images) / self.batch_size))
+        return math.ceil(len(self.images) / self.batch_size)
 
     def __iter__(self):
         device, epoch, count = self.images.device, self.epoch, len(self.images)
@@ -262,7 +263,7 @@ def check_images(images, name, dtype=torch.uint8):
     """Raise InputError unless there are images (N, 3, 32, 32) of the dtype."""
     if images.dtype != dtype or images.shape[1:] != (3, 32, 32) or not len(images):
         found = f"{images.dtype} {tuple(images.shape)}"
-        raise InputError(f"{name} has {found}, not images, {dtype} (N, 3, 32, 32).")
+        raise InputError(f"{name} has {found}, not images of {dtype} (N, 3, 32, 32).")
 
 
 # Files and downloads --------------------------------------------------------------------

@@ -30,7 +30,7 @@ RUN_FILES += (".pth", ".resume.pth")
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, BeforeValidator(str)]  # also of a Path
+Name = Annotated[str, BeforeValidator(lambda name: str(name) if isinstance(name, Path) else name)]
 UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 
 # What file systems without locks or fsync answer: NFS, CIFS, FUSE.

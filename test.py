@@ -165,8 +165,8 @@ def name_sets(ood_types, dataset):
     """Return {name: OOD type}; the set of a folder has the folder's name."""
     names, known = {}, (*ood_data.NOISES, *ood_data.OOD_IMAGES)
     closed = Path(os.path.realpath(os.path.expanduser(dataset)))
-    splits = [closed / split for split in ("train", "val", "test")]
-    splits = [] if dataset in ood_data.CLOSED_SETS else splits
+    own = () if dataset in ood_data.CLOSED_SETS else ("train", "val", "test")
+    splits = [closed / split for split in own]
     for ood_type in dict.fromkeys(ood_types):
         name, overlaps = ood_type, ood_type == dataset
         if ood_type not in known:

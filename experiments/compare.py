@@ -96,10 +96,11 @@ def read(file, config):
         if run["training"]:
             run["trained_on"] = f"{log['device']}, torch {log['versions']['torch']}"
         setting = log["settings"] | {"epochs_done": len(log["epochs"])}
+        seed = str(setting.pop("seed", file))
         run["digests"] = {f"set {name}": one.get("digest") for name, one in sets.items()}
         run["digests"] |= {f"score {name}": digest for name, digest in run["scores"].items()}
         run |= {"file": str(file), "weights": run["checkpoint"]["weights"], "table": rows}
-        run |= {"log": log, "setting": setting, "seed": str(setting.pop("seed", file))}
+        run |= {"log": log, "setting": setting, "seed": seed}
     except OSError as error:
         fail(error)
     except (ValueError, LookupError, TypeError) as error:
